@@ -1,0 +1,1 @@
+"""ELECTRA as pure PyTorch."""

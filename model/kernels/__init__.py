@@ -1,0 +1,1 @@
+"""Fused operations: one signature each, several backends, ``reference`` the truth."""

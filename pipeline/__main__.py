@@ -1,0 +1,5 @@
+"""``python -m pipeline`` is ``electra``."""
+
+from pipeline.cli import main
+
+main()

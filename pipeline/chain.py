@@ -1,0 +1,267 @@
+"""The chain: what each stage would do and why, and doing it.
+
+`electra run` plans the stages in order, skips what is up to date, and starts the
+rest; the single-stage commands and Slurm's tasks take the same way in.
+"""
+
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pipeline import checkpoint as checkpoints
+from pipeline.config import Config
+from pipeline.distributed import Process
+from pipeline.environment import describe_environment
+from pipeline.errors import ConfigError, ElectraError, StoppedEarly
+from pipeline.keys import science_of
+from pipeline.launch import launch, num_processes, threads_per_process
+from pipeline.log import logger
+from pipeline.stages import (
+    STAGES,
+    StageRecord,
+    differences,
+    end_record,
+    move_aside,
+    read_record,
+    refuse_changed_science,
+    run_lock,
+    stage_folder,
+    start_record,
+)
+from pipeline.tokenize import is_complete, run_tokenize, tokenize_inputs
+
+Action = Literal["reuse", "resume", "run", "wait"]
+
+_EVALUATE_SELECTION = ("evaluate.tasks", "evaluate.seeds", "evaluate.checkpoint")
+"""Keys that choose which units to evaluate; units done under others stay valid."""
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What a command would do for a stage.
+
+    Attributes:
+        action: ``reuse`` (up to date), ``resume``, ``run``, or ``wait`` (for the stage before).
+        why: One sentence.
+        inputs: What the stage's fingerprint hashes.
+    """
+
+    stage: str
+    action: Action
+    why: str
+    inputs: dict[str, Any]
+
+
+def decide(config: Config, stage: str) -> Decision:
+    """What has to be done for a stage, by its record and its inputs; changes nothing.
+
+    Raises:
+        ConfigError: Science keys changed under a name that has results; names them and the ways on.
+    """
+    if stage == "tokenize":
+        return _decide_tokenize(config)
+    before = STAGES[STAGES.index(stage) - 1]
+    upstream = read_record(config, before)
+    if upstream is None or upstream.state != "done":
+        return Decision(stage, "wait", f"after {before}", {})
+    return _decide_pretrain(config, upstream) if stage == "pretrain" else _decide_evaluate(config, upstream)
+
+
+def _decide_tokenize(config: Config) -> Decision:
+    record = read_record(config, "tokenize")
+    done = record is not None and record.state == "done" and is_complete(config, record)
+    try:
+        inputs = tokenize_inputs(config)
+    except Exception as error:
+        # Shards outlive the text: when it is gone, or not visible here, finished shards still serve.
+        if record and done and record.inputs["science"] == science_of(config, "tokenize"):
+            return Decision("tokenize", "reuse", f"up to date; the text was not compared ({error})", record.inputs)
+        raise
+    if record is None:
+        return Decision("tokenize", "run", "never started under this name", inputs)
+    changed = differences(record.inputs, inputs)
+    if changed and _has_checkpoints(config):
+        raise refuse_changed_science(config, changed, "tokenize")
+    if changed:
+        return Decision("tokenize", "run", f"changed: {'; '.join(changed)}", inputs)
+    if done:
+        return Decision("tokenize", "reuse", "up to date", inputs)
+    return Decision("tokenize", "resume", f"{record.state} before; finished tasks are kept", inputs)
+
+
+def _decide_pretrain(config: Config, upstream: StageRecord) -> Decision:
+    inputs = {
+        "science": science_of(config, "pretrain"),
+        "tokenizer": upstream.output["tokenizer_sha256"],
+        "shards": {corpus["name"]: corpus["key"] for corpus in upstream.output["corpora"]},
+    }
+    record = read_record(config, "pretrain")
+    steps = checkpoints.list_steps(stage_folder(config, "pretrain") / "checkpoints")
+    if record is None:
+        return Decision("pretrain", "run", "never started under this name", inputs)
+    changed = differences(record.inputs, inputs)
+    if changed and steps:
+        raise refuse_changed_science(config, changed, "pretrain")
+    if changed:
+        return Decision("pretrain", "run", f"changed: {'; '.join(changed)}", inputs)
+    if record.state == "done" and steps:
+        return Decision("pretrain", "reuse", f"up to date, at step {steps[-1]:,}", inputs)
+    if steps:
+        return Decision("pretrain", "resume", f"from step {steps[-1]:,} of {config.train.steps:,}", inputs)
+    return Decision("pretrain", "run", "started before, no checkpoint yet", inputs)
+
+
+def _decide_evaluate(config: Config, upstream: StageRecord) -> Decision:
+    from pipeline.evaluation.tasks import load_tasks
+
+    inputs = {
+        "science": science_of(config, "evaluate"),
+        "checkpoint": upstream.output["checkpoint_sha256"],
+        "tasks": {task.name: task.digest() for task in load_tasks(config)},
+    }
+    record = read_record(config, "evaluate")
+    if record is None:
+        return Decision("evaluate", "run", "never started under this name", inputs)
+    changed = differences(record.inputs, inputs)
+    foreign = [line for line in changed if line.startswith("evaluate.") and not line.startswith(_EVALUATE_SELECTION)]
+    if foreign and (stage_folder(config, "evaluate") / "results.json").exists():
+        raise refuse_changed_science(config, foreign, "evaluate")
+    if changed:
+        return Decision("evaluate", "run", f"changed: {'; '.join(changed)}; finished units are kept", inputs)
+    if record.state == "done":
+        return Decision("evaluate", "reuse", "up to date", inputs)
+    return Decision("evaluate", "resume", f"{record.state} before; finished units are kept", inputs)
+
+
+def _has_checkpoints(config: Config) -> bool:
+    return bool(checkpoints.list_steps(stage_folder(config, "pretrain") / "checkpoints"))
+
+
+def plan_stages(config: Config, stages: tuple[str, ...]) -> list[Decision]:
+    """The decisions for several stages, none of them started; after one that will run, the others wait."""
+    decisions: list[Decision] = []
+    for stage in stages:
+        previous = decisions[-1] if decisions else None
+        if previous and previous.action != "reuse":
+            decisions.append(Decision(stage, "wait", f"after {previous.stage}", {}))
+        else:
+            decisions.append(decide(config, stage))
+    return decisions
+
+
+def run_stages(config: Config, stages: tuple[str, ...], arguments: list[str], force: str | None) -> None:
+    """Runs the stages that are not up to date, each in its processes on this machine.
+
+    Args:
+        config: The run.
+        stages: In order.
+        arguments: Config file and overrides, for the processes that are started.
+        force: Stage whose outputs, and the later ones', are moved aside first.
+    """
+    from pipeline.tracking import Shipper, needs_shipping
+
+    with ExitStack() as stack:
+        stack.enter_context(run_lock(config))
+        if force:
+            move_aside(config, force)
+        shipper: Shipper | None = None
+        for stage in stages:
+            decision = decide(config, stage)
+            if decision.action == "wait":
+                raise ConfigError(f"{stage} cannot start: {decision.why}; `electra run` does the stages in order")
+            if decision.action == "reuse":
+                logger.info("%s: %s", stage, decision.why)
+                continue
+            logger.info("%s: %s (%s)", stage, decision.action, decision.why)
+            shipper = shipper or stack.enter_context(Shipper(config))
+            _run_here(config, stage, decision, arguments)
+        if shipper is None and needs_shipping(config):
+            stack.enter_context(Shipper(config))
+
+
+def _run_here(config: Config, stage: str, decision: Decision, arguments: list[str]) -> None:
+    processes = num_processes(config, stage)
+    if stage == "tokenize":
+        execute_stage(config, decision, Process())
+        return
+    code = launch([stage, *arguments], processes, threads_per_process(config, processes))
+    if code == 0:
+        return
+    record = read_record(config, stage)
+    if record and record.state == "running":  # it died without a word
+        end_record(config, record, "failed")
+    failure = StoppedEarly("") if code == StoppedEarly.exit_code else ElectraError("")
+    failure.exit_code = code
+    raise failure  # the process has said why
+
+
+def execute_stage(config: Config, decision: Decision, process: Process) -> None:
+    """Runs a stage in this process, which may be one of several; rank 0 keeps the record."""
+    stage = decision.stage
+    if process.rank == 0:
+        record = start_record(config, stage, decision.inputs, describe_environment())
+    else:
+        record = _record_of_other_rank(config, stage, decision)
+    try:
+        _STORIES[stage](config, record, process)
+    except BaseException as error:
+        if process.rank == 0:
+            end_record(config, record, "stopped" if isinstance(error, StoppedEarly) else "failed")
+        raise
+    if process.rank == 0:
+        end_record(config, record, "done")
+        logger.info("%s: done", stage)
+
+
+def _record_of_other_rank(config: Config, stage: str, decision: Decision) -> StageRecord:
+    """Rank 0 owns the record; the others need only what an earlier attempt settled."""
+    record = read_record(config, stage)
+    if record is None or record.inputs != decision.inputs:
+        return StageRecord(stage, "running", decision.inputs)
+    return record
+
+
+def _tokenize(config: Config, record: StageRecord, process: Process) -> None:
+    del process
+    run_tokenize(config, record)
+
+
+def _pretrain(config: Config, record: StageRecord, process: Process) -> None:
+    from pipeline.pretrain import run_pretrain
+
+    run_pretrain(config, record, process)
+
+
+def _evaluate(config: Config, record: StageRecord, process: Process) -> None:
+    from pipeline.evaluate import run_evaluate
+
+    run_evaluate(config, record, process)
+
+
+_STORIES = {"tokenize": _tokenize, "pretrain": _pretrain, "evaluate": _evaluate}
+
+
+def run_as_rank(config: Config, stage: str, process: Process, launched_here: bool) -> None:
+    """One process of a stage that srun, torchrun or ``electra`` started.
+
+    Args:
+        config: The run.
+        stage: What to run.
+        process: Which of the processes this is.
+        launched_here: Whether an ``electra`` process above holds the lock and ships to MLflow.
+    """
+    from pipeline.tracking import Shipper
+
+    if stage == "tokenize" and process.rank > 0:
+        return  # it starts its own workers
+    decision = decide(config, stage)
+    if decision.action == "wait":
+        raise ConfigError(f"{stage} cannot start: {decision.why}")
+    if decision.action == "reuse":
+        logger.info("%s: %s", stage, decision.why)
+        return
+    with ExitStack() as stack:
+        if process.rank == 0 and not launched_here:
+            stack.enter_context(run_lock(config))
+            stack.enter_context(Shipper(config))
+        execute_stage(config, decision, process)

@@ -1,0 +1,240 @@
+"""The command line. Every import that costs time happens inside a command."""
+
+import json
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+import click
+
+_STAGES = ("tokenize", "pretrain", "evaluate")
+_debug = False
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="electra-pretraining", prog_name="electra")
+def cli() -> None:
+    """Pretrain ELECTRA: raw text to tokens, checkpoints and scores.
+
+    CONFIG is a YAML file (presets: configs/). Overrides are section.key=value.
+    """
+
+
+_config = click.argument("config", type=click.Path(path_type=Path))
+_overrides = click.argument("overrides", nargs=-1)
+_debug_option = click.option("--debug", is_flag=True, help="Show a traceback when something fails.")
+
+
+@cli.command()
+@_config
+@_overrides
+@click.option("--plan", is_flag=True, help="Only say what would be done, and why.")
+@click.option("--until", type=click.Choice(_STAGES), default=_STAGES[-1], help="Last stage to run.")
+@click.option("--force", type=click.Choice(_STAGES), help="Move this stage's and later outputs aside and redo them.")
+@_debug_option
+def run(config: Path, overrides: tuple[str, ...], plan: bool, until: str, force: str | None, debug: bool) -> None:
+    """Do the stages that are not up to date."""
+    _set_debug(debug)
+    settings = _load(config, overrides)
+    stages = _STAGES[: _STAGES.index(until) + 1]
+    if not settings.evaluate.tasks and "evaluate" in stages:
+        stages = stages[:-1]
+    if plan:
+        from pipeline.chain import plan_stages
+
+        for decision in plan_stages(settings, stages):
+            click.echo(f"{decision.stage:9} {decision.action:7} {decision.why}")
+        return
+    _run_stages(settings, stages, config, overrides, force)
+    if "evaluate" in stages:
+        from pipeline.report import print_summary
+
+        print_summary(settings)
+
+
+def _stage_command(stage: str, help_text: str) -> None:
+    @cli.command(stage, help=help_text)
+    @_config
+    @_overrides
+    @click.option("--check", is_flag=True, help="Only check, within seconds, that the stage could start here.")
+    @_debug_option
+    def command(config: Path, overrides: tuple[str, ...], check: bool, debug: bool) -> None:
+        from pipeline.distributed import discover_process
+
+        _set_debug(debug)
+        settings = _load(config, overrides)
+        if check:
+            from pipeline.preflight import check_stage
+
+            check_stage(settings, stage)
+            return
+        process = discover_process()
+        if process is None:
+            _run_stages(settings, (stage,), config, overrides, None)
+            return
+        _run_as_rank(settings, stage, process)
+
+
+_stage_command("tokenize", "Text to a tokenizer and shards.")
+_stage_command("pretrain", "Shards to checkpoints.")
+_stage_command("evaluate", "A checkpoint to scores on downstream tasks.")
+
+
+@cli.command()
+@_config
+@_overrides
+@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+@_debug_option
+def status(config: Path, overrides: tuple[str, ...], as_json: bool, debug: bool) -> None:
+    """State of each stage, progress and MLflow run ids."""
+    _set_debug(debug)
+    from pipeline.report import describe_status, format_status
+
+    found = describe_status(_load(config, overrides))
+    click.echo(json.dumps(found, indent=1) if as_json else format_status(found))
+
+
+@cli.command("config")
+@_config
+@_overrides
+@click.option("--world-size", type=click.IntRange(min=1), default=1, help="Processes to plan for.")
+@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+@_debug_option
+def show_config(config: Path, overrides: tuple[str, ...], world_size: int, as_json: bool, debug: bool) -> None:
+    """The resolved config, and the numbers that follow from it."""
+    _set_debug(debug)
+    from pipeline.config_file import dump_yaml
+    from pipeline.plan import describe, make_plan
+
+    settings = _load(config, overrides)
+    plan = make_plan(settings, world_size)
+    if as_json:
+        click.echo(json.dumps({"config": settings.model_dump(mode="json"), "plan": plan.to_dict()}, indent=1))
+        return
+    click.echo(dump_yaml(settings))
+    for name, value in describe(plan):
+        click.echo(f"{name:32} {value}")
+
+
+@cli.command()
+@_config
+@_overrides
+@_debug_option
+def sync(config: Path, overrides: tuple[str, ...], debug: bool) -> None:
+    """Ship to MLflow what has not arrived."""
+    _set_debug(debug)
+    from pipeline.tracking import sync_now
+
+    click.echo(sync_now(_load(config, overrides)))
+
+
+@cli.group()
+def shards() -> None:
+    """Look into a shard folder."""
+
+
+@shards.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+def stats(folder: Path) -> None:
+    """Documents and tokens."""
+    from data_shards.store import read_manifest
+
+    manifest = read_manifest(folder)
+    for split in ("train", "held_out"):
+        click.echo(f"{split:9} {manifest.num_documents(split):,} documents, {manifest.num_tokens(split):,} tokens")
+    click.echo(f"{len(manifest.shards)} shards of {manifest.dtype}, tokenizer {manifest.tokenizer_sha256[:16]}")
+
+
+@shards.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--tokenizer", type=click.Path(path_type=Path), required=True, help="The tokenizer's model file.")
+@click.option("--length", default=128, help="Tokens of a row.")
+@click.option("--rows", default=2, help="Rows to show.")
+def peek(folder: Path, tokenizer: Path, length: int, rows: int) -> None:
+    """The first rows as training sees them."""
+    from data_shards.loader import RowLoader
+    from data_shards.tokenizer import Tokenizer
+
+    model = Tokenizer(tokenizer)
+    for ids in RowLoader([folder], [1.0], length, rows, seed=1).rows_at(0, 0, rows).rows.token_ids:
+        click.echo(" ".join(model.pieces(ids)) + "\n")
+
+
+@shards.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+def verify(folder: Path) -> None:
+    """Compare every file with the manifest's SHA-256."""
+    from data_shards.build import verify_folder
+    from data_shards.store import read_manifest
+    from pipeline.errors import DamagedError
+
+    manifest = read_manifest(folder)
+    problems = verify_folder(folder, manifest)
+    if problems:
+        raise DamagedError("\n".join(problems))
+    click.echo(f"{len(manifest.shards)} shards agree with the manifest")
+
+
+def _load(config: Path, overrides: tuple[str, ...]) -> Any:
+    from pipeline.config_file import load_config
+
+    return load_config(config, overrides)
+
+
+def _run_stages(
+    settings: Any, stages: tuple[str, ...], config: Path, overrides: tuple[str, ...], force: str | None
+) -> None:
+    from pipeline.chain import run_stages
+    from pipeline.log import log_to_file, set_up_logging
+
+    set_up_logging()
+    log_to_file(settings.run_folder / "log.txt")
+    run_stages(settings, stages, [str(config), *overrides], force)
+
+
+def _run_as_rank(settings: Any, stage: str, process: Any) -> None:
+    import os
+
+    from pipeline.chain import run_as_rank
+    from pipeline.log import set_up_logging
+
+    set_up_logging(process.rank)
+    run_as_rank(settings, stage, process, launched_here="ELECTRA_LAUNCHED" in os.environ)
+
+
+def _set_debug(debug: bool) -> None:
+    global _debug
+    _debug = debug
+
+
+def main() -> None:
+    """Entry point: runs a command; every foreseeable failure is one message and its exit code."""
+    try:
+        cli(standalone_mode=False)
+    except click.exceptions.Abort:
+        sys.exit(130)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(64)
+    except Exception as error:
+        if _debug:
+            traceback.print_exc()
+        sys.exit(_report(error))
+
+
+def _report(error: Exception) -> int:
+    """Prints one message; returns the exit code. Errors that are nobody's fault but ours keep their traceback."""
+    code = getattr(error, "exit_code", None)
+    if code is not None:
+        if str(error):
+            click.echo(f"electra: {error}", err=True)
+        return int(code)
+    if isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename else ""
+        reason = error.strerror or str(error)
+        click.echo(f"electra: {where}{reason}; check the path, its permissions and the free space", err=True)
+        return 1
+    if not _debug:
+        traceback.print_exc()
+    return 1

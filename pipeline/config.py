@@ -1,0 +1,216 @@
+"""The schema of a run: one tree of frozen sections, every key with its unit and source.
+
+Reading files and command lines is ``pipeline.config_file``; which keys change
+the result is ``pipeline.keys``; what follows from a config is ``pipeline.plan``.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from model.config import ModelConfig, ObjectiveConfig, Section
+
+Auto = Literal["auto"]
+Count = Annotated[int, Field(ge=1)]
+
+
+class RunConfig(Section):
+    """Where a run lives and what it is called."""
+
+    name: str = Field("default", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Folder under <dir>/runs.")
+    dir: Path = Field(Path("runs"), description="Root of tokenizers, shards and runs; all nodes must see it.")
+    seed: int = Field(1, ge=0, lt=2**31, description="Of everything random.")
+    fork_from: str | None = Field(
+        None, pattern=r"^[^@]+@\d+$", description="NAME@STEP: start from that checkpoint of another run."
+    )
+
+
+class LaunchConfig(Section):
+    """Processes and threads."""
+
+    processes: Auto | Count = Field("auto", description="Processes on this machine; auto: one a GPU, or one on CPU.")
+    threads_per_process: Auto | Count = Field(
+        "auto", description="CPU threads of a process; auto: cores over processes. Rounding depends on it."
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is one.")
+
+
+class CorpusConfig(Section):
+    """One corpus: files, or a dataset of the Hugging Face hub."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._]*$", description="Names the shard folder.")
+    path: str | None = Field(None, description="File, folder or glob; .gz and .xz are read as they are.")
+    hub: str | None = Field(None, description="Dataset name on the hub, streamed.")
+    format: Literal["text", "jsonl", "parquet", "arrow"] = Field("text", description="Format of the files.")
+    text_column: str = Field("text", description="Field with the text, unless the format is text.")
+    documents: Literal["line", "blank_line", "file"] = Field("blank_line", description="What ends a document.")
+    weight: float = Field(1.0, gt=0, description="Share of training rows, relative to the other corpora.")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "CorpusConfig":
+        if (self.path is None) == (self.hub is None):
+            raise ValueError(f"corpus {self.name!r} needs either path or hub")
+        return self
+
+
+class DataConfig(Section):
+    """Text, shards and rows."""
+
+    corpora: tuple[CorpusConfig, ...] = Field(min_length=1, description="What to train on.")
+    shards_dir: Path | None = Field(None, description="Folder of shard folders; default <run.dir>/shards.")
+    task_bytes: int = Field(256 * 2**20, ge=1024, description="Input bytes of one unit of tokenisation.")
+    held_out_fraction: float = Field(
+        0.005, ge=0, lt=1, description="Share of documents kept from training, by the hash of their text."
+    )
+    sequence_length: int = Field(128, ge=8, description="Tokens of a row: 128 for Small, 512 else.")
+    layout: Literal["packed"] = Field("packed", description="Rows are windows of the token stream, without padding.")
+    num_workers: Auto | Count = Field("auto", description="Processes that tokenize; auto: one a core.")
+
+    @model_validator(mode="after")
+    def _distinct_names(self) -> "DataConfig":
+        names = [corpus.name for corpus in self.corpora]
+        if len(set(names)) < len(names):
+            raise ValueError(f"corpora must have different names, not {', '.join(names)}")
+        return self
+
+
+class TokenizerConfig(Section):
+    """A tokenizer to train, or one to use as it is."""
+
+    kind: Literal["sentencepiece_unigram", "sentencepiece_bpe"] = Field(
+        "sentencepiece_unigram", description="Algorithm that is trained."
+    )
+    path: Path | None = Field(None, description="An existing sentencepiece model; nothing is trained then.")
+    vocab_size: int = Field(30522, ge=32, description="Ids, special pieces included; 30,522 as BERT's uncased one.")
+    normalization: Literal["nfkc", "nfkc_cf"] = Field("nfkc_cf", description="nfkc_cf also folds case.")
+    character_coverage: float = Field(0.9995, gt=0, le=1, description="Share of characters with a piece of their own.")
+    sample_bytes: int = Field(256 * 2**20, ge=1, description="Most text to train on.")
+
+
+class TrainConfig(Section):
+    """Length, batches, precision and what is written when."""
+
+    steps: int = Field(ge=1, description="Optimizer steps of the whole run; the schedule ends there.")
+    global_batch_size: int = Field(ge=1, description="Rows of sequence_length tokens per step.")
+    micro_batch_size: Auto | Count = Field(
+        "auto", description="Rows of one forward pass; divides global_batch_size. auto: at most 32,768 tokens."
+    )
+    precision: Literal["fp32", "bf16", "fp16"] = Field("bf16", description="Of weights and activations in a pass.")
+    stop_after_seconds: float | None = Field(None, gt=0, description="Save and exit 85 after so long in this attempt.")
+    checkpoint_every: int = Field(1000, ge=1, description="Steps between checkpoints (released: 1,000).")
+    keep_checkpoints: int = Field(3, ge=1, description="Newest checkpoints that are kept.")
+    log_every: int = Field(100, ge=1, description="Steps between lines of the journal; metrics are means over them.")
+    held_out_rows: int = Field(512, ge=0, description="Held-out rows scored at the end of training; 0: none.")
+    max_skipped_steps: int = Field(50, ge=0, description="Steps with NaN or inf that are skipped before exit 93.")
+    deterministic: bool = Field(False, description="Deterministic algorithms on GPU; CPU always is.")
+
+
+class OptimizerConfig(Section):
+    """AdamW as in google-research/electra's ``model/optimization.py``."""
+
+    name: Literal["adamw"] = Field("adamw", description="Adam with decoupled weight decay.")
+    lr: float = Field(gt=0, description="Peak learning rate: 5e-4 for Small, 2e-4 else.")
+    betas: tuple[float, float] = Field((0.9, 0.999), description="Decay of the two moments.")
+    eps: float = Field(1e-6, gt=0, description="Added to the root of the second moment.")
+    weight_decay: float = Field(0.01, ge=0, description="On all but LayerNorm and biases; embeddings decay too.")
+    bias_correction: bool = Field(False, description="The released optimizer has none.")
+    schedule: Literal["linear_times_warmup"] = Field(
+        "linear_times_warmup", description="Linear decay to 0 over all steps times min(1, step / warmup_steps)."
+    )
+    warmup_steps: int = Field(10_000, ge=0, description="Steps of warm-up.")
+    gradient_clip: float = Field(1.0, gt=0, description="Largest global norm, over both networks together.")
+
+
+class DeepSpeedConfig(Section):
+    """DeepSpeed's own settings."""
+
+    config: Path | None = Field(None, description="A DeepSpeed JSON; default: ZeRO stage 1.")
+
+
+class KernelsConfig(Section):
+    """Implementations of fused operations."""
+
+    backend: Literal["auto", "reference", "torch"] = Field("auto", description="auto picks the fastest that works.")
+
+
+class EvaluateConfig(Section):
+    """Fine-tuning as in the paper's table 7 (Small's values are the defaults)."""
+
+    tasks: tuple[str, ...] = Field((), description="Names under configs/tasks, or paths of task files.")
+    seeds: int = Field(3, ge=1, description="Fine-tuning runs per task; medians are reported (paper: 10).")
+    data_dir: Path | None = Field(None, description="Root of the tasks' files.")
+    checkpoint: Literal["last"] | Count = Field("last", description="Step of the checkpoint to fine-tune.")
+    lr: float = Field(3e-4, gt=0, description="Peak learning rate of the head.")
+    layer_decay: float = Field(0.8, gt=0, le=1, description="Learning rate of a layer over that of the one above.")
+    epochs: int = Field(3, ge=1, description="Passes over the training examples.")
+    batch_size: int = Field(32, ge=1, description="Examples per step.")
+    warmup_fraction: float = Field(0.1, ge=0, le=1, description="Share of the steps that warm up.")
+    weight_decay: float = Field(0.0, ge=0, description="Paper: 0; released code: 0.01.")
+    max_length: int = Field(128, ge=8, description="Longest example in tokens; longer ones are cut.")
+    dropout: float = Field(0.1, ge=0, lt=1, description="In the encoder and before the head.")
+
+
+class TrackingConfig(Section):
+    """MLflow."""
+
+    uri: str = Field("auto", description="auto: MLFLOW_TRACKING_URI, else SQLite in run.dir; none: no tracking.")
+    experiment: str = Field("electra", description="MLflow experiment.")
+
+
+class Config(Section):
+    """One run."""
+
+    recipe: Literal["fixed"] = Field("fixed", description="Distinct masked positions, losses over global counts.")
+    run: RunConfig = Field(default_factory=RunConfig)  # type: ignore[arg-type]
+    launch: LaunchConfig = Field(default_factory=LaunchConfig)  # type: ignore[arg-type]
+    data: DataConfig
+    tokenizer: TokenizerConfig = Field(default_factory=TokenizerConfig)  # type: ignore[arg-type]
+    model: ModelConfig
+    objective: ObjectiveConfig = Field(default_factory=ObjectiveConfig)  # type: ignore[arg-type]
+    train: TrainConfig
+    optimizer: OptimizerConfig
+    deepspeed: DeepSpeedConfig = Field(default_factory=DeepSpeedConfig)  # type: ignore[arg-type]
+    kernels: KernelsConfig = Field(default_factory=KernelsConfig)  # type: ignore[arg-type]
+    evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig)  # type: ignore[arg-type]
+    tracking: TrackingConfig = Field(default_factory=TrackingConfig)  # type: ignore[arg-type]
+
+    @model_validator(mode="after")
+    def _check_relations(self) -> "Config":
+        train = self.train
+        if train.micro_batch_size != "auto" and train.global_batch_size % train.micro_batch_size:
+            raise ValueError(
+                f"train.global_batch_size={train.global_batch_size} is not a multiple of "
+                f"train.micro_batch_size={train.micro_batch_size}; choose a divisor, or auto"
+            )
+        if self.data.sequence_length > self.model.max_positions:
+            raise ValueError(
+                f"data.sequence_length={self.data.sequence_length} exceeds "
+                f"model.max_positions={self.model.max_positions}; lower the one or raise the other"
+            )
+        return self
+
+    @property
+    def run_folder(self) -> Path:
+        """<run.dir>/runs/<run.name>."""
+        return self.run.dir / "runs" / self.run.name
+
+    @property
+    def shards_dir(self) -> Path:
+        """Where shard folders are."""
+        return self.data.shards_dir or self.run.dir / "shards"
+
+    def flat(self) -> dict[str, Any]:
+        """Every key as ``section.key``, values as JSON types."""
+        return flatten(self.model_dump(mode="json"))
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries to dotted keys; lists stay values."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat

@@ -1,0 +1,192 @@
+"""From a YAML file and ``section.key=value`` arguments to a Config, with errors that say where.
+
+YAML 1.2: 5e-4 is a number, 12:30 is text, a repeated key is an error. Relative
+paths in a file resolve against its folder, in an argument against the current one.
+"""
+
+import difflib
+import io
+from pathlib import Path
+from typing import Any, get_args
+
+from pydantic import BaseModel, ValidationError
+from ruamel.yaml import YAML
+from ruamel.yaml.error import MarkedYAMLError
+
+from pipeline.config import Config
+from pipeline.errors import ConfigError, UsageError
+
+_PATH_KEYS = {"run.dir", "data.shards_dir", "tokenizer.path", "deepspeed.config", "evaluate.data_dir"}
+
+Sources = dict[str, str]
+"""Dotted key to where it was set: ``file:line`` or the argument."""
+
+
+def load_config(path: str | Path, overrides: tuple[str, ...] = ()) -> Config:
+    """Reads a run's configuration.
+
+    Raises:
+        ConfigError: Unreadable file, unknown key, wrong value; names the place and the nearest key.
+        UsageError: An override that is not ``key=value``.
+    """
+    values, sources = _read_file(Path(path))
+    for override in overrides:
+        _apply_override(values, sources, override)
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(item, sources) for item in error.errors())) from None
+
+
+def parse_yaml(text: str) -> Any:
+    """Parses YAML 1.2 to plain Python values."""
+    return YAML(typ="safe", pure=True).load(text)
+
+
+def dump_yaml(config: Config) -> str:
+    """The resolved configuration as YAML; reading it back gives an equal Config."""
+    stream = io.StringIO()
+    yaml = YAML()
+    yaml.default_flow_style = False
+    yaml.width = 120
+    yaml.dump(config.model_dump(mode="json"), stream)
+    return stream.getvalue()
+
+
+def _read_file(path: Path) -> tuple[dict[str, Any], Sources]:
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such config file; the presets are in configs/")
+    try:
+        tree = YAML(typ="rt", pure=True).load(path.read_text(encoding="utf-8")) or {}
+    except (MarkedYAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid YAML: {_yaml_problem(error)}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: a config is a mapping of sections, not {type(tree).__name__}")
+    sources: Sources = {}
+    _note_lines(tree, str(path), "", sources)
+    values = _plain(tree)
+    _resolve_paths(values, path.resolve().parent)
+    return values, sources
+
+
+def _yaml_problem(error: Exception) -> str:
+    mark = getattr(error, "problem_mark", None)
+    problem = " ".join(str(getattr(error, "problem", None) or error).split())
+    return f"line {mark.line + 1}: {problem}" if mark else problem
+
+
+def _note_lines(tree: Any, file: str, prefix: str, sources: Sources) -> None:
+    for key in tree:
+        dotted = f"{prefix}{key}"
+        sources[dotted] = f"{file}:{tree.lc.key(key)[0] + 1}"
+        if isinstance(tree[key], dict):
+            _note_lines(tree[key], file, f"{dotted}.", sources)
+
+
+def _plain(tree: Any) -> Any:
+    """ruamel's round-trip containers and scalars as plain ones; an empty section as no keys."""
+    if isinstance(tree, dict):
+        return {str(key): _plain(value) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [_plain(value) for value in tree]
+    for kind in (bool, int, float, str):
+        if isinstance(tree, kind):
+            return kind(tree)
+    return tree
+
+
+def _apply_override(values: dict[str, Any], sources: Sources, override: str) -> None:
+    dotted, equals, text = override.partition("=")
+    if not equals or not dotted:
+        raise UsageError(f"{override!r}: an override is section.key=value")
+    try:
+        value = parse_yaml(text)
+    except MarkedYAMLError as error:
+        raise UsageError(f"{override!r}: the value is not valid YAML: {_yaml_problem(error)}") from None
+    *sections, key = dotted.split(".")
+    target = values
+    for section in sections:
+        target = target.setdefault(section, {})
+        if not isinstance(target, dict):
+            raise ConfigError(f"argument {override!r}: {section} is not a section; {_nearest(dotted)}")
+    target[key] = value
+    sources[dotted] = f"argument {override!r}"
+    here: dict[str, Any] = {}
+    nested = here
+    for section in sections:
+        nested = nested.setdefault(section, {})
+    nested[key] = value
+    _resolve_paths(here, Path.cwd())
+    target[key] = nested[key]
+
+
+def _resolve_paths(values: dict[str, Any], base: Path) -> None:
+    """Makes every path in ``values`` absolute, in place."""
+    for dotted in _PATH_KEYS:
+        section, key = dotted.split(".")
+        holder = values.get(section)
+        if isinstance(holder, dict) and isinstance(holder.get(key), str):
+            holder[key] = str(_absolute(holder[key], base))
+    data, evaluate = values.get("data"), values.get("evaluate")
+    corpora = data.get("corpora") if isinstance(data, dict) else None
+    for corpus in corpora if isinstance(corpora, list) else []:
+        if isinstance(corpus, dict) and isinstance(corpus.get("path"), str):
+            corpus["path"] = str(_absolute(corpus["path"], base))
+    tasks = evaluate.get("tasks") if isinstance(evaluate, dict) else None
+    if isinstance(evaluate, dict) and isinstance(tasks, list):
+        evaluate["tasks"] = [_resolve_task(task, base) for task in tasks]
+
+
+def _absolute(path: str, base: Path) -> Path:
+    return base / Path(path).expanduser()
+
+
+def _resolve_task(task: Any, base: Path) -> Any:
+    """A task file's path becomes absolute; a bare name is looked up later."""
+    return str(_absolute(task, base)) if isinstance(task, str) and task.endswith((".yaml", ".yml")) else task
+
+
+def _explain(item: Any, sources: Sources) -> str:
+    location = [str(part) for part in item["loc"] if part not in ("auto", "constrained-int")]
+    dotted = ".".join(location)
+    place = _place(location, sources)
+    prefix = f"{place}: " if place else ""
+    if item["type"] == "extra_forbidden":
+        return f"{prefix}unknown key {dotted}; {_nearest(dotted)}"
+    if item["type"] == "missing":
+        return f"{dotted}: missing; set it in the config file or as an argument {dotted}=…"
+    message = item["msg"].removeprefix("Value error, ")
+    if not location:
+        return message
+    value = item.get("input")
+    shown = f"={value!r}" if isinstance(value, str | int | float | bool) else ""
+    return f"{prefix}{dotted}{shown}: {message[0].lower()}{message[1:]}"
+
+
+def _place(location: list[str], sources: Sources) -> str:
+    """The most precise place known for a key or the section around it."""
+    for end in range(len(location), 0, -1):
+        place = sources.get(".".join(location[:end]))
+        if place:
+            return place
+    return ""
+
+
+def _nearest(dotted: str) -> str:
+    known = list(known_keys())
+    close = difflib.get_close_matches(dotted, known, n=1, cutoff=0.0)
+    section = dotted.split(".")[0]
+    in_section = difflib.get_close_matches(dotted, [k for k in known if k.startswith(f"{section}.")], 1, 0.6)
+    return f"the nearest known key is {(in_section or close)[0]}"
+
+
+def known_keys(schema: type[BaseModel] = Config, prefix: str = "") -> list[str]:
+    """Every key of the schema as ``section.key``."""
+    keys: list[str] = []
+    for name, field in schema.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel) and not get_args(kind):
+            keys += known_keys(kind, f"{prefix}{name}.")
+        else:
+            keys.append(prefix + name)
+    return keys

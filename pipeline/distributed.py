@@ -1,0 +1,150 @@
+"""Which process this is, and what processes say to each other outside the gradients.
+
+Control values (stop flags, counts, sums for metrics) travel over gloo on the
+host, beside whatever the gradients use, so that they never wait for a GPU.
+"""
+
+import os
+import socket
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+from pipeline.errors import ConfigError
+
+_BATCH_STEP_ID = "4294967291"  # Slurm's id of the batch script: a shell, not a step with ranks
+
+
+@dataclass(frozen=True)
+class Process:
+    """One of ``world_size`` processes."""
+
+    rank: int = 0
+    local_rank: int = 0
+    world_size: int = 1
+
+
+def discover_process() -> Process | None:
+    """This process's rank as set by torchrun, by ``electra`` itself or by srun; None when nobody set one."""
+    environment = os.environ
+    if "RANK" in environment:
+        rank = int(environment["RANK"])
+        return Process(rank, int(environment.get("LOCAL_RANK", rank)), int(environment.get("WORLD_SIZE", 1)))
+    if "SLURM_PROCID" in environment and environment.get("SLURM_STEP_ID", _BATCH_STEP_ID) != _BATCH_STEP_ID:
+        return Process(
+            int(environment["SLURM_PROCID"]),
+            int(environment.get("SLURM_LOCALID", 0)),
+            int(environment.get("SLURM_STEP_NUM_TASKS", environment.get("SLURM_NTASKS", 1))),
+        )
+    return None
+
+
+def processes_on_this_machine(process: Process) -> int:
+    """How many of the processes share this machine's cores, as the launcher says."""
+    for name in ("LOCAL_WORLD_SIZE", "SLURM_STEP_TASKS_PER_NODE"):
+        if name in os.environ:
+            return int(os.environ[name].split("(")[0].split(",")[0])
+    return process.world_size
+
+
+def free_port() -> int:
+    """A TCP port that is free now on this host."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def resolve_device(requested: str) -> str:
+    """``cpu`` or ``cuda``.
+
+    Raises:
+        ConfigError: A GPU is asked for, by config or by the Slurm allocation, and none is usable.
+    """
+    import torch
+
+    available = torch.cuda.is_available()
+    if requested == "cpu":
+        return "cpu"
+    if available:
+        return "cuda"
+    allocated = os.environ.get("SLURM_GPUS_ON_NODE") or os.environ.get("SLURM_JOB_GPUS")
+    if requested == "cuda" or allocated:
+        why = "launch.device=cuda" if requested == "cuda" else f"the job was given GPUs ({allocated})"
+        raise ConfigError(
+            f"{why}, but PyTorch {torch.__version__} finds no usable GPU on {socket.gethostname()}; "
+            "install a CUDA build of PyTorch and check nvidia-smi, or set launch.device=cpu"
+        )
+    return "cpu"
+
+
+def init_process_group(process: Process, device: str) -> None:
+    """Joins the processes: NCCL for gradients on GPU, gloo on CPU; MASTER_ADDR and MASTER_PORT say where."""
+    import torch
+    import torch.distributed as dist
+
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    if "MASTER_PORT" not in os.environ:
+        if process.world_size > 1:
+            raise ConfigError(
+                f"MASTER_PORT is not set for {process.world_size} processes; "
+                "start them with `electra`, torchrun or the scripts in slurm/"
+            )
+        os.environ["MASTER_PORT"] = str(free_port())
+    os.environ.update(
+        RANK=str(process.rank), LOCAL_RANK=str(process.local_rank), WORLD_SIZE=str(process.world_size)
+    )
+    if device == "cuda":
+        torch.cuda.set_device(process.local_rank)
+    dist.init_process_group(
+        "nccl" if device == "cuda" else "gloo",
+        rank=process.rank,
+        world_size=process.world_size,
+        timeout=timedelta(minutes=30),
+    )
+
+
+class Control:
+    """What processes agree on, over gloo."""
+
+    def __init__(self, device: str):
+        """Call after ``init_process_group``."""
+        import torch.distributed as dist
+
+        self._dist = dist
+        self._group = dist.new_group(backend="gloo") if device == "cuda" else None
+        self.world_size = dist.get_world_size()
+        self.is_first = dist.get_rank() == 0
+
+    def sum(self, values: list[float]) -> list[float]:
+        """Element-wise sum over the processes, the same bits on each."""
+        import torch
+
+        return self.sum_tensor(torch.tensor(values, dtype=torch.float64)).tolist()
+
+    def sum_tensor(self, values: Any) -> Any:
+        """Sum of a float64 CPU tensor over the processes, in rank order: the same bits on each, every time."""
+        import torch
+
+        if self.world_size == 1:
+            return values
+        gathered = [torch.empty_like(values) for _ in range(self.world_size)]
+        self._dist.all_gather(gathered, values, group=self._group)
+        return torch.stack(gathered).sum(0)
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's value, any picklable object, on every process."""
+        box = [value]
+        if self.world_size > 1:
+            self._dist.broadcast_object_list(box, src=0, group=self._group)
+        return box[0]
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every process's value, any picklable object, in rank order on every process."""
+        values: list[Any] = [value] * self.world_size
+        if self.world_size > 1:
+            self._dist.all_gather_object(values, value, group=self._group)
+        return values
+
+    def barrier(self) -> None:
+        """Waits for every process."""
+        self.sum([0.0])

@@ -1,0 +1,177 @@
+"""The evaluate stage: a checkpoint to scores, by fine-tuning its discriminator.
+
+    checkpoint ──▶ units (task, seed), shared out over the processes ──▶ result.json each ──▶ results.json
+
+A unit is done once: its result carries a fingerprint of all that it depends on.
+"""
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data_shards.build import content_key
+from data_shards.store import write_json
+from data_shards.tokenizer import Tokenizer
+from model.kernels.select import select_kernels
+from pipeline import checkpoint as checkpoints
+from pipeline.config import Config
+from pipeline.distributed import (
+    Control,
+    Process,
+    init_process_group,
+    processes_on_this_machine,
+    resolve_device,
+)
+from pipeline.errors import ConfigError
+from pipeline.evaluation.finetune import FineTunedElectra, encode, fine_tune
+from pipeline.evaluation.scores import median_of, score
+from pipeline.evaluation.tasks import Example, Task, load_tasks
+from pipeline.keys import science_of
+from pipeline.launch import threads_per_process
+from pipeline.log import log_to_file, logger
+from pipeline.stages import StageRecord, stage_folder
+from pipeline.tokenize import load_tokenize_output
+
+_SELECTION = ("evaluate.tasks", "evaluate.seeds", "evaluate.checkpoint")
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One fine-tuning run."""
+
+    task: Task
+    seed: int
+    folder: Path
+    fingerprint: str
+
+    def finished(self) -> dict[str, Any] | None:
+        """The unit's result, if one with this fingerprint is there."""
+        path = self.folder / "result.json"
+        if not path.exists():
+            return None
+        result = json.loads(path.read_text(encoding="utf-8"))
+        return result if result["fingerprint"] == self.fingerprint else None
+
+
+def run_evaluate(config: Config, record: StageRecord, process: Process) -> None:
+    """Fine-tunes every unit that is not done, and writes results.json."""
+    folder = stage_folder(config, "evaluate")
+    log_to_file(folder / "log.txt", process.rank)
+    device = resolve_device(config.launch.device)
+    torch.set_num_threads(threads_per_process(config, processes_on_this_machine(process)))
+    init_process_group(process, device)
+    control = Control(device)
+    checkpoint = find_checkpoint(config)
+    tokenizer = Tokenizer(load_tokenize_output(config)["tokenizer"])
+
+    units = plan_units(config, folder, checkpoint)
+    missing = [unit for unit in units if not unit.finished()]
+    logger.info("checkpoint of step %d: %d of %d units to do", checkpoint.step, len(missing), len(units))
+    for unit in missing[process.rank :: process.world_size]:
+        began = time.monotonic()
+        result = run_unit(config, unit, checkpoint, tokenizer, device)
+        logger.info("%s, seed %d: %s in %.1f s", unit.task.name, unit.seed, result, time.monotonic() - began)
+    control.barrier()
+    if process.rank == 0:
+        results = collect_results(units, checkpoint)
+        write_json(folder / "results.json", results)
+        record.output = {"checkpoint_step": checkpoint.step, "results": str(folder / "results.json")}
+        record.metrics = {
+            f"eval/{task}_{metric}": values["median"]
+            for task, metrics in results["tasks"].items()
+            for metric, values in metrics.items()
+        }
+        record.metrics_step = checkpoint.step
+
+
+def find_checkpoint(config: Config) -> checkpoints.Checkpoint:
+    """The verified checkpoint named by ``evaluate.checkpoint``."""
+    folder = stage_folder(config, "pretrain") / "checkpoints"
+    if config.evaluate.checkpoint != "last":
+        return checkpoints.load(folder, config.evaluate.checkpoint)
+    steps = checkpoints.list_steps(folder)
+    if not steps:
+        raise ConfigError(f"{folder}: no checkpoint to evaluate; run `electra pretrain` first")
+    return checkpoints.load(folder, steps[-1])
+
+
+def plan_units(config: Config, folder: Path, checkpoint: checkpoints.Checkpoint) -> list[Unit]:
+    """Every (task, seed), in a fixed order."""
+    recipe = {key: value for key, value in science_of(config, "evaluate").items() if key not in _SELECTION}
+    units = []
+    for task in load_tasks(config):
+        for seed in range(1, config.evaluate.seeds + 1):
+            inputs = {"recipe": recipe, "checkpoint": checkpoint.digest, "task": task.digest(), "seed": seed}
+            unit_folder = folder / checkpoint.folder.name / task.name / f"seed_{seed}"
+            units.append(Unit(task, seed, unit_folder, content_key(inputs)))
+    return units
+
+
+def run_unit(
+    config: Config, unit: Unit, checkpoint: checkpoints.Checkpoint, tokenizer: Tokenizer, device: str
+) -> dict[str, float]:
+    """Fine-tunes and scores one unit; writes its predictions and, last, its result."""
+    train, dev = unit.task.examples("train"), unit.task.examples("dev")
+    classes = class_names(unit.task, train, dev)
+    torch.manual_seed(unit.seed)
+    dropout = {"dropout": config.evaluate.dropout, "attention_dropout": config.evaluate.dropout}
+    model = FineTunedElectra(
+        config.model.model_copy(update=dropout),
+        tokenizer.vocab_size,
+        len(classes) if classes else 1,
+        select_kernels(config.kernels.backend),
+    )
+    load_discriminator(model, checkpoint)
+    max_length = min(config.evaluate.max_length, config.model.max_positions)
+    encoded_train = encode(train, classes, tokenizer, max_length)
+    encoded_dev = encode(dev, classes, tokenizer, max_length)
+    outputs = fine_tune(model.to(device), encoded_train, encoded_dev, config.evaluate, unit.seed, device)
+    predictions = [classes[max(range(len(o)), key=o.__getitem__)] if classes else o[0] for o in outputs]
+    labels = [example.label for example in dev]
+    metrics = {metric: score(metric, labels, predictions) for metric in unit.task.config.metrics}
+    unit.folder.mkdir(parents=True, exist_ok=True)
+    with open(unit.folder / "predictions.jsonl", "w", encoding="utf-8") as file:
+        for example, prediction in zip(dev, predictions, strict=True):
+            row = {"id": example.id, "label": example.label, "prediction": prediction}
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    write_json(unit.folder / "result.json", {"fingerprint": unit.fingerprint, "metrics": metrics})
+    return metrics
+
+
+def class_names(task: Task, train: list[Example], dev: list[Example]) -> list[str] | None:
+    """Classes in sorted order; None for regression.
+
+    Raises:
+        ConfigError: Fewer than two classes, or a class that only the dev file has.
+    """
+    if task.config.kind == "regression":
+        return None
+    classes = sorted({str(example.label) for example in train})
+    unseen = {str(example.label) for example in dev} - set(classes)
+    if len(classes) < 2 or unseen:
+        why = f"only the dev file has {', '.join(sorted(unseen))}" if unseen else f"it has {len(classes)} class"
+        raise ConfigError(f"task {task.name!r}: {why}; check the field {task.config.label!r} of {task.train_path}")
+    return classes
+
+
+def load_discriminator(model: FineTunedElectra, checkpoint: checkpoints.Checkpoint) -> None:
+    """Copies embeddings and discriminator from a checkpoint; the head stays as initialised."""
+    weights = checkpoint.tensors(checkpoints.WEIGHTS)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if not name.startswith("head."):
+                parameter.copy_(weights(name))
+
+
+def collect_results(units: list[Unit], checkpoint: checkpoints.Checkpoint) -> dict[str, Any]:
+    """Medians and values by task and metric."""
+    tasks: dict[str, dict[str, Any]] = {}
+    for name in dict.fromkeys(unit.task.name for unit in units):
+        results = [unit.finished() for unit in units if unit.task.name == name]
+        metrics = [result["metrics"] for result in results if result]
+        tasks[name] = {metric: median_of([values[metric] for values in metrics]) for metric in metrics[0]}
+    return {"checkpoint": str(checkpoint.folder), "tasks": tasks, "glue_average": None}

@@ -1,0 +1,1 @@
+"""Downstream tasks, fine-tuning on them, and scores."""

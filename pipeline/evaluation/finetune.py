@@ -1,0 +1,149 @@
+"""Fine-tuning the discriminator on one task with one seed.
+
+Dropout and one linear layer on [CLS], glorot initialised; learning rates that
+fall from layer to layer (google-research/electra, ``finetune/``, ``model/optimization.py``).
+
+Shapes: B examples, T tokens, H hidden size, C classes.
+"""
+
+import random
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from data_shards.tokenizer import CLS, PAD, SEP, Tokenizer
+from model.config import ModelConfig
+from model.encoder import Embeddings, Encoder
+from model.kernels.attention import Packing
+from model.kernels.select import Kernels
+from pipeline.config import EvaluateConfig
+from pipeline.evaluation.tasks import Example
+from pipeline.optimizer import ElectraAdamW, decay_groups
+from pipeline.schedule import linear_times_warmup
+
+_EPS, _BETAS, _CLIP = 1e-6, (0.9, 0.999), 1.0  # as in pretraining
+_SEGMENT_B = 1
+
+
+class FineTunedElectra(nn.Module):
+    """The discriminator's encoder with a linear head on [CLS]."""
+
+    def __init__(self, config: ModelConfig, vocab_size: int, num_outputs: int, kernels: Kernels):
+        super().__init__()
+        self.embeddings = Embeddings(config, vocab_size)
+        self.discriminator = Encoder(config, config.discriminator, kernels)
+        self.dropout = nn.Dropout(config.dropout)
+        self.head = nn.Linear(config.hidden_size, num_outputs)
+        nn.init.xavier_uniform_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, token_ids_BT: Tensor, token_types_BT: Tensor) -> Tensor:
+        """Returns logits or scores ``(B, C)``."""
+        positions_BT = torch.arange(token_ids_BT.shape[1], device=token_ids_BT.device).expand_as(token_ids_BT)
+        packing = Packing((token_ids_BT == PAD).long())  # padding attends to padding only
+        embedded_BTE = self.embeddings(token_ids_BT, positions_BT, token_types_BT)
+        hidden_BTH = self.discriminator(embedded_BTE, packing)
+        return self.head(self.dropout(hidden_BTH[:, 0]))
+
+
+def layer_learning_rates(model: FineTunedElectra, lr: float, decay: float, weight_decay: float) -> list[dict]:
+    """Parameter groups with a peak rate for each layer, as released.
+
+    The head has ``lr``, the top layer ``lr * decay**2``, and so on down to the
+    embeddings with ``lr * decay**(layers + 2)``: one factor more than one would
+    expect (the published scores were obtained this way).
+    """
+    layers = list(model.discriminator.layers)
+    parts: list[tuple[nn.Module, int]] = [(model.head, 0), (model.embeddings, len(layers) + 2)]
+    if model.discriminator.embeddings_project is not None:
+        parts.append((model.discriminator.embeddings_project, len(layers) + 2))
+    parts += [(layer, len(layers) + 1 - number) for number, layer in enumerate(layers)]
+    return [
+        group | {"peak_lr": lr * decay**exponent}
+        for part, exponent in parts
+        for group in decay_groups(part, weight_decay)
+    ]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One example as ids: [CLS] A [SEP] or [CLS] A [SEP] B [SEP]."""
+
+    token_ids: list[int]
+    token_types: list[int]
+    target: float
+
+
+def encode(examples: list[Example], classes: list[str] | None, tokenizer: Tokenizer, max_length: int) -> list[Encoded]:
+    """Tokenizes examples; texts that are too long together are cut at the end of the longer one."""
+    encoded = []
+    for example in examples:
+        texts = [tokenizer.encode(text) for text in example.texts]
+        while sum(map(len, texts)) > max_length - 1 - len(texts):
+            max(texts, key=len).pop()
+        token_ids = [CLS, *texts[0], SEP]
+        token_types = [0] * len(token_ids)
+        if len(texts) == 2:
+            token_ids += [*texts[1], SEP]
+            token_types += [_SEGMENT_B] * (len(texts[1]) + 1)
+        target = float(classes.index(str(example.label))) if classes else float(example.label)
+        encoded.append(Encoded(token_ids, token_types, target))
+    return encoded
+
+
+def fine_tune(
+    model: FineTunedElectra, train: list[Encoded], dev: list[Encoded], config: EvaluateConfig, seed: int, device: str
+) -> list[list[float]]:
+    """Trains and returns the outputs for each dev example, in their order."""
+    torch.manual_seed(seed)
+    order = random.Random(seed)
+    steps_per_epoch = -(-len(train) // config.batch_size)
+    total_steps = steps_per_epoch * config.epochs
+    warmup_steps = round(total_steps * config.warmup_fraction)
+    groups = layer_learning_rates(model, config.lr, config.layer_decay, config.weight_decay)
+    optimizer = ElectraAdamW(groups, _BETAS, _EPS, config.weight_decay, bias_correction=False)
+    step = 0
+    for _ in range(config.epochs):
+        model.train()
+        shuffled = order.sample(train, len(train))
+        for first in range(0, len(shuffled), config.batch_size):
+            batch = shuffled[first : first + config.batch_size]
+            for group in optimizer.param_groups:
+                group["lr"] = linear_times_warmup(group["peak_lr"], step, warmup_steps, total_steps)
+            loss = _loss(model(*_pad(batch, device)), torch.tensor([e.target for e in batch], device=device))
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), _CLIP)
+            optimizer.step()
+            optimizer.zero_grad()
+            step += 1
+    return predict(model, dev, device)
+
+
+@torch.no_grad()
+def predict(model: FineTunedElectra, examples: list[Encoded], device: str) -> list[list[float]]:
+    """Outputs for each example, in their order; runs over them by length to save padding."""
+    model.eval()
+    by_length = sorted(range(len(examples)), key=lambda i: len(examples[i].token_ids))
+    outputs: list[list[float]] = [[] for _ in examples]
+    for first in range(0, len(by_length), 64):
+        chosen = by_length[first : first + 64]
+        batch_outputs = model(*_pad([examples[i] for i in chosen], device)).float().tolist()
+        for i, output in zip(chosen, batch_outputs, strict=True):
+            outputs[i] = output
+    return outputs
+
+
+def _loss(outputs_BC: Tensor, targets_B: Tensor) -> Tensor:
+    if outputs_BC.shape[1] == 1:
+        return F.mse_loss(outputs_BC.squeeze(1), targets_B)
+    return F.cross_entropy(outputs_BC, targets_B.long())
+
+
+def _pad(batch: list[Encoded], device: str) -> tuple[Tensor, Tensor]:
+    """Ids and types ``(B, T)``, T the longest of the batch."""
+    length = max(len(example.token_ids) for example in batch)
+    token_ids = [example.token_ids + [PAD] * (length - len(example.token_ids)) for example in batch]
+    token_types = [example.token_types + [0] * (length - len(example.token_types)) for example in batch]
+    return torch.tensor(token_ids, device=device), torch.tensor(token_types, device=device)

@@ -1,0 +1,63 @@
+"""What a key does to the result. Every key stands in exactly one list; a test holds this.
+
+- *Science* keys change the result. They enter the fingerprint of the stage named here.
+- *Numerics* keys change rounding and random draws only. They are recorded, and a change is announced.
+- *Execution* keys change nothing.
+"""
+
+from typing import Any
+
+from pipeline.config import Config
+
+SCIENCE: dict[str, tuple[str, ...]] = {
+    "tokenize": (
+        "data.corpora", "data.held_out_fraction", "data.task_bytes", "tokenizer.kind", "tokenizer.path",
+        "tokenizer.vocab_size", "tokenizer.normalization", "tokenizer.character_coverage", "tokenizer.sample_bytes",
+    ),
+    "pretrain": (
+        "recipe", "run.seed", "run.fork_from", "data.sequence_length", "data.layout",
+        "model.size", "model.hidden_layers", "model.hidden_size", "model.attention_heads", "model.feed_forward_size",
+        "model.embedding_size", "model.generator_width", "model.generator_depth", "model.max_positions",
+        "model.dropout", "model.attention_dropout", "model.layer_norm_eps", "model.initializer_range",
+        "model.activation", "objective.name", "objective.training", "objective.sharing", "objective.mask_fraction",
+        "objective.mask_token_share", "objective.generator_loss_weight", "objective.discriminator_loss_weight",
+        "objective.temperature", "objective.disallow_correct", "train.steps", "train.global_batch_size",
+        "train.precision", "optimizer.name", "optimizer.lr", "optimizer.betas", "optimizer.eps",
+        "optimizer.weight_decay", "optimizer.bias_correction", "optimizer.schedule", "optimizer.warmup_steps",
+        "optimizer.gradient_clip",
+    ),
+    "evaluate": (
+        "evaluate.tasks", "evaluate.seeds", "evaluate.checkpoint", "evaluate.lr", "evaluate.layer_decay",
+        "evaluate.epochs", "evaluate.batch_size", "evaluate.warmup_fraction", "evaluate.weight_decay",
+        "evaluate.max_length", "evaluate.dropout",
+    ),
+}  # fmt: skip
+
+NUMERICS: tuple[str, ...] = (
+    "launch.processes", "launch.threads_per_process", "launch.device", "train.micro_batch_size",
+    "train.deterministic", "deepspeed.config", "kernels.backend",
+)  # fmt: skip
+
+EXECUTION: tuple[str, ...] = (
+    "run.name", "run.dir", "data.shards_dir", "data.num_workers", "train.stop_after_seconds",
+    "train.checkpoint_every", "train.keep_checkpoints", "train.log_every", "train.held_out_rows",
+    "train.max_skipped_steps", "evaluate.data_dir", "tracking.uri", "tracking.experiment",
+)  # fmt: skip
+
+
+def science_of(config: Config, stage: str) -> dict[str, Any]:
+    """The science keys of a stage and their values, as JSON types.
+
+    Corpora enter the tokenize stage by what they are; their weights belong to
+    pretraining. Files enter by content, so paths and names do not appear here.
+    """
+    flat = config.flat()
+    science = {key: flat[key] for key in SCIENCE[stage] if key not in ("data.corpora", "tokenizer.path")}
+    if stage == "tokenize":
+        for corpus in config.data.corpora:
+            about = corpus.model_dump(mode="json", exclude={"name", "path", "weight"})
+            science |= {f"data.corpora.{corpus.name}.{key}": value for key, value in about.items()}
+        science["tokenizer.path"] = config.tokenizer.path is not None
+    if stage == "pretrain":
+        science |= {f"data.corpora.{corpus.name}.weight": corpus.weight for corpus in config.data.corpora}
+    return science

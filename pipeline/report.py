@@ -1,0 +1,80 @@
+"""What `electra status` and the end of a run show."""
+
+import json
+from typing import Any
+
+import click
+
+from pipeline.chain import plan_stages
+from pipeline.config import Config
+from pipeline.errors import ElectraError
+from pipeline.journal import read_entries
+from pipeline.stages import STAGES, read_record, stage_folder
+from pipeline.tracking import read_tracking, resolve_uri
+
+
+def describe_status(config: Config) -> dict[str, Any]:
+    """State of each stage, progress of training, MLflow ids, and what a rerun would do."""
+    stages: dict[str, Any] = {}
+    for stage in STAGES:
+        record = read_record(config, stage)
+        stages[stage] = {
+            "state": record.state if record else "not started",
+            "attempts": record.attempts if record else 0,
+            "metrics": record.metrics if record else {},
+        }
+    entries = read_entries(stage_folder(config, "pretrain") / "journal.jsonl")
+    stages["pretrain"]["step"] = entries[-1]["step"] if entries else 0
+    stages["pretrain"]["steps"] = config.train.steps
+    try:
+        rerun = {decision.stage: f"{decision.action}: {decision.why}" for decision in plan_stages(config, STAGES)}
+    except ElectraError as error:
+        rerun = {"refused": str(error)}
+    return {
+        "run": config.run.name,
+        "folder": str(config.run_folder),
+        "stages": stages,
+        "rerun": rerun,
+        "mlflow": read_tracking(config),
+    }
+
+
+def format_status(found: dict[str, Any]) -> str:
+    """The same as text."""
+    lines = [f"run {found['run']} in {found['folder']}"]
+    for stage, about in found["stages"].items():
+        progress = f"  step {about['step']:,} of {about['steps']:,}" if "step" in about else ""
+        lines.append(f"  {stage:9} {about['state']:12}{progress}")
+    lines += [f"  a rerun would {stage}: {action}" for stage, action in found["rerun"].items()]
+    for stage, run_id in found["mlflow"].get("runs", {}).items():
+        lines.append(f"  MLflow {stage:9} {run_id}")
+    return "\n".join(lines)
+
+
+def print_summary(config: Config) -> None:
+    """Scores, the run's folder, and how to look at it in MLflow."""
+    pretrain = read_record(config, "pretrain")
+    metrics = pretrain.metrics if pretrain else {}
+    click.echo()
+    if metrics:
+        auc, error = metrics["held_out/discriminator_auc"], metrics["held_out/discriminator_auc_standard_error"]
+        click.echo(
+            f"held-out text: generator's loss on [MASK] {metrics['held_out/generator_mask_token_loss']:.3f} nats, "
+            f"unigram entropy {metrics['held_out/unigram_entropy']:.3f} nats"
+        )
+        click.echo(
+            f"               discriminator's AUC {auc:.4f}, standard error {error:.4f}, "
+            f"{(auc - 0.5) / error:.1f} standard errors above chance"
+        )
+    results_path = stage_folder(config, "evaluate") / "results.json"
+    if results_path.exists():
+        for task, scores in json.loads(results_path.read_text(encoding="utf-8"))["tasks"].items():
+            for metric, values in scores.items():
+                runs = ", ".join(f"{value:.3f}" for value in values["values"])
+                click.echo(f"{task}: {metric} {values['median']:.3f} (median of {runs})")
+    click.echo(f"run folder: {config.run_folder}")
+    uri = resolve_uri(config)
+    if uri and uri.startswith("sqlite:"):
+        click.echo(f"open MLflow: mlflow ui --backend-store-uri '{uri}'")
+    elif uri:
+        click.echo(f"MLflow: {uri}")

@@ -1,0 +1,79 @@
+"""The process that ships a run to MLflow while it goes: ``python -m pipeline.shipper RUN_FOLDER EXPERIMENT``.
+
+Started by ``pipeline.tracking.Shipper``, which talks to it through stdin: ``end``
+asks for a last pass; a broken pipe says that the run's process was killed.
+A dead server costs nothing but this process's patience: it tries again, ever
+more slowly, until it is asked to end. Exit code 1 means that something is left.
+"""
+
+import fcntl
+import os
+import select
+import sys
+import time
+from pathlib import Path
+
+from pipeline.errors import ElectraError
+from pipeline.tracking import Mirror, first_line, redact
+
+_INTERVAL_S = 2.0
+_LONGEST_PAUSE_S = 60.0
+_LOCK_PATIENCE_S = 60.0
+
+
+def main() -> int:
+    """Mirrors until told to end; returns the exit code."""
+    folder, experiment = Path(sys.argv[1]), sys.argv[2]
+    uri = os.environ["ELECTRA_TRACKING_URI"]
+    os.nice(10)  # training comes first
+    with open(folder / ".shipper.lock", "w") as lock:
+        _wait_for_lock(lock.fileno())
+        return _ship(folder, uri, experiment)
+
+
+def _ship(folder: Path, uri: str, experiment: str) -> int:
+    mirror: Mirror | None = None
+    pause_s = _INTERVAL_S
+    while True:
+        word = _listen(pause_s)
+        try:
+            mirror = mirror or Mirror(folder, uri, experiment)
+            mirror.mirror(owner_alive=word is None)
+            pause_s = _INTERVAL_S
+        except Exception as error:
+            _say(f"{redact(uri)}: {type(error).__name__}: {first_line(error)}")
+            pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+            if word is not None:
+                return 1
+        else:
+            if word is not None:
+                return 0
+
+
+def _listen(seconds: float) -> str | None:
+    """``end``, an empty string when the pipe broke, or None when nothing was said for so long."""
+    ready, _, _ = select.select([sys.stdin], [], [], seconds)
+    return sys.stdin.readline() if ready else None
+
+
+def _wait_for_lock(descriptor: int) -> None:
+    """One shipper a run: an earlier one may still be saying that its run was killed."""
+    deadline = time.monotonic() + _LOCK_PATIENCE_S
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise ElectraError("another shipper of this run does not end") from None
+            time.sleep(0.2)
+        except OSError:
+            return  # no locks on this file system
+
+
+def _say(line: str) -> None:
+    print(time.strftime("%Y-%m-%d %H:%M:%S"), line, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

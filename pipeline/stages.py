@@ -1,0 +1,187 @@
+"""What is known of each stage of a run, and what a command would have to do.
+
+    <run.dir>/runs/<run.name>/<stage>/stage.json
+
+A stage's fingerprint hashes its inputs: its science keys and the digests of
+what the stage before made. Equal inputs and state ``done`` mean: nothing to do.
+"""
+
+import fcntl
+import json
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from data_shards.build import content_key
+from data_shards.store import write_json
+from pipeline.config import Config, flatten
+from pipeline.errors import ConfigError, DamagedError
+from pipeline.log import logger
+
+STAGES = ("tokenize", "pretrain", "evaluate")
+State = Literal["running", "done", "stopped", "failed"]
+
+
+@dataclass
+class StageRecord:
+    """Content of stage.json.
+
+    Attributes:
+        inputs: What the fingerprint hashes, in full, so that a difference can be named.
+        output: What the next stage needs, with digests.
+        numerics: Resolved numerics keys; an automatic choice is kept when the stage resumes.
+        metrics: Results to be shown, by metric name, with the step they belong to.
+        attempts: How often it was started.
+    """
+
+    stage: str
+    state: State
+    inputs: dict[str, Any]
+    output: dict[str, Any] = field(default_factory=dict)
+    numerics: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
+    metrics_step: int = 0
+    attempts: int = 1
+    environment: dict[str, Any] = field(default_factory=dict)
+    started_unix_s: float = 0.0
+    ended_unix_s: float | None = None
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the inputs."""
+        return content_key(self.inputs)
+
+
+def stage_folder(config: Config, stage: str) -> Path:
+    """Folder of a stage's record and outputs."""
+    return config.run_folder / stage
+
+
+def read_record(config: Config, stage: str) -> StageRecord | None:
+    """The stage's record, None when it was never started."""
+    return read_record_file(stage_folder(config, stage) / "stage.json")
+
+
+def read_record_file(path: Path) -> StageRecord | None:
+    """A stage.json.
+
+    Raises:
+        DamagedError: It cannot be read.
+    """
+    if not path.exists():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        content.pop("fingerprint")
+        return StageRecord(**content)
+    except (ValueError, TypeError, KeyError) as error:
+        raise DamagedError(f"{path}: unreadable ({error}); restore it from a copy, or move the stage aside "
+                           "with --force") from error  # fmt: skip
+
+
+def write_record(config: Config, record: StageRecord) -> None:
+    """Publishes a stage's record."""
+    folder = stage_folder(config, record.stage)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "stage.json", asdict(record) | {"fingerprint": record.fingerprint})
+
+
+def start_record(config: Config, stage: str, inputs: dict[str, Any], environment: dict[str, Any]) -> StageRecord:
+    """Marks a stage as running; an earlier attempt with the same inputs is continued."""
+    record = read_record(config, stage)
+    if record is None or record.inputs != inputs:
+        record = StageRecord(stage, "running", inputs, started_unix_s=time.time(), attempts=0)
+    record.state, record.environment, record.ended_unix_s = "running", environment, None
+    record.attempts += 1
+    write_record(config, record)
+    return record
+
+
+def end_record(config: Config, record: StageRecord, state: State) -> None:
+    """Marks a stage as done, stopped or failed."""
+    record.state, record.ended_unix_s = state, time.time()
+    write_record(config, record)
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Lines ``key: old -> new`` for inputs that differ."""
+    before, after = flatten(old), flatten(new)
+    return [
+        f"{key.removeprefix('science.')}: {before.get(key, 'unset')} -> {after.get(key, 'unset')}"
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key)
+    ]
+
+
+def refuse_changed_science(config: Config, changed: list[str], force_stage: str) -> ConfigError:
+    """The error for science keys that changed under a name that already has results, with the ways on."""
+    name = config.run.name
+    return ConfigError(
+        f"run {name!r} already has results, and these keys changed under it:\n  "
+        + "\n  ".join(changed)
+        + f"\nnothing was touched. Three ways on: run.name=NEW for a new run; run.name=NEW run.fork_from={name}@STEP "
+        f"for a new run that starts from a checkpoint; --force {force_stage} to move the old outputs aside"
+    )
+
+
+def move_aside(config: Config, stage: str) -> None:
+    """Moves a stage's outputs, and those of the stages after it, aside; deletes nothing."""
+    for name in STAGES[STAGES.index(stage) :]:
+        folder = stage_folder(config, name)
+        if not folder.exists():
+            continue
+        number = 1
+        while (aside := folder.with_name(f"{name}.aside-{number}")).exists():
+            number += 1
+        os.replace(folder, aside)
+        logger.info("%s: old outputs moved to %s", name, aside)
+
+
+def run_identity(config: Config) -> str:
+    """An id of the run that never changes: MLflow's runs are found by it."""
+    path = config.run_folder / "run_id"
+    if not path.exists():
+        config.run_folder.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".run_id.{os.getpid()}.tmp")
+        temporary.write_text(uuid.uuid4().hex + "\n", encoding="utf-8")
+        try:
+            os.link(temporary, path)  # fails if another process was first
+        except FileExistsError:
+            pass
+        finally:
+            temporary.unlink()
+    return path.read_text(encoding="utf-8").strip()
+
+
+@contextmanager
+def run_lock(config: Config) -> Iterator[None]:
+    """Keeps a second process out of a run's folder; released however this process ends.
+
+    Raises:
+        ConfigError: Another process has it.
+    """
+    config.run_folder.mkdir(parents=True, exist_ok=True)
+    with open(config.run_folder / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                f"run {config.run.name!r} is in use by another process ({config.run_folder}); wait for it, or give "
+                "this run another run.name"
+            ) from None
+        except OSError as error:
+            logger.warning("%s: no file locks on this file system (%s); start a run only once", file.name, error)
+        yield
+
+
+def free_bytes(path: Path) -> int:
+    """Free space on the file system of ``path`` or of its nearest existing parent."""
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free
