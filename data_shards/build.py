@@ -73,7 +73,11 @@ def _corpus_inputs(corpus: Corpus, digests: list[str]) -> dict[str, Any]:
 
 
 def train_tokenizer(
-    folder: Path, settings: TokenizerSettings, corpora: list[Corpus], weights: list[float], held_out_fraction: float
+    folder: Path,
+    settings: TokenizerSettings,
+    corpora: list[Corpus],
+    weights: list[float],
+    held_out_fraction: float,
 ) -> Path:
     """Trains on a seeded sample of the training documents; returns the model's path."""
     model = train(settings, _sample_paragraphs(corpora, weights, settings.sample_bytes, held_out_fraction))
@@ -172,7 +176,7 @@ def build_folder(
             f"{job.corpus.path}: corpus {job.corpus.name!r} has no document to train on; "
             "check the path, data.corpora's `documents` and data.held_out_fraction"
         )
-    for leftover in job.folder.glob(".*.tmp"):
+    for leftover in job.folder.rglob(".*.tmp"):
         leftover.unlink()
     write_manifest(job.folder, manifest)
     return manifest

@@ -12,6 +12,7 @@ import gzip
 import hashlib
 import json
 import lzma
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from data_shards.errors import DamagedDataError, DataSettingError
 
 COMPRESSED = {".gz": gzip.open, ".xz": lzma.open}
 TABULAR = {"parquet": "parquet", "arrow": "arrow"}
-_DECOMPRESSION_ERRORS = (EOFError, gzip.BadGzipFile, lzma.LZMAError)
+_DECOMPRESSION_ERRORS = (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error)
 
 
 @dataclass(frozen=True)
@@ -190,15 +191,16 @@ def _seek_to_first_start(file: BinaryIO, begin: int, starts_after_blank: bool) -
 
 
 def _line_before_is_blank(file: BinaryIO, offset: int) -> bool:
-    """Whether the line that ends at ``offset`` is empty; leaves the position at ``offset``."""
-    reach = min(offset, 4096)
-    file.seek(offset - reach)
-    before = file.read(reach).rstrip(b"\n \t\r")
-    tail = reach - len(before)
-    file.seek(offset - tail)
-    blank = file.read(tail).count(b"\n") >= 2 or tail == offset
+    """Whether the line that ends at ``offset`` is blank; leaves the position at ``offset``."""
+    is_blank, end = True, offset - 1
+    while is_blank and end > 0:
+        begin = max(0, end - 4096)
+        file.seek(begin)
+        _, newline, line = file.read(end - begin).rpartition(b"\n")
+        is_blank = not line.strip()
+        end = 0 if newline else begin
     file.seek(offset)
-    return blank
+    return is_blank
 
 
 def _read_jsonl(corpus: Corpus, task: Task) -> Iterator[str]:
@@ -206,27 +208,33 @@ def _read_jsonl(corpus: Corpus, task: Task) -> Iterator[str]:
         if not line.strip():
             continue
         try:
-            yield str(json.loads(_decode(line, task.path, offset))[corpus.text_column])
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            value = json.loads(_decode(line, task.path, offset))[corpus.text_column]
+            text = "" if value is None else str(value)
+            text.encode()  # fails on half of a surrogate pair, which JSON can write as "\ud800"
+        except (json.JSONDecodeError, KeyError, TypeError, UnicodeEncodeError) as error:
             raise DamagedDataError(
-                f"{task.path}: the line at byte {offset} is not a JSON object with the field "
+                f"{task.path}: the line at byte {offset} is not a JSON object with Unicode text in the field "
                 f"{corpus.text_column!r}; repair it or set text_column"
             ) from error
+        yield text
 
 
 def _read_tabular(corpus: Corpus, task: Task) -> Iterator[str]:
     from datasets import load_dataset
 
-    if corpus.format == "hub":
-        rows = load_dataset(task.path, split="train", streaming=True)
-    else:
-        rows = load_dataset(TABULAR[corpus.format], data_files=task.path, split="train", streaming=True)
-    for row in rows:
-        if corpus.text_column not in row:
-            raise DamagedDataError(
-                f"{task.path}: no column {corpus.text_column!r}; it has {', '.join(row)}; set text_column"
-            )
-        yield str(row[corpus.text_column] or "")
+    try:
+        if corpus.format == "hub":
+            rows = load_dataset(task.path, split="train", streaming=True)
+        else:
+            rows = load_dataset(TABULAR[corpus.format], data_files=task.path, split="train", streaming=True)
+        for row in rows:
+            if corpus.text_column not in row:
+                raise DamagedDataError(
+                    f"{task.path}: no column {corpus.text_column!r}; it has {', '.join(row)}; set text_column"
+                )
+            yield str(row[corpus.text_column] or "")
+    except (OSError, ValueError) as error:  # what datasets and pyarrow raise on a file they cannot read
+        raise DamagedDataError(f"{task.path}: cannot be read as {corpus.format} ({error})") from error
 
 
 def _hub_fingerprint(name: str) -> str:

@@ -41,7 +41,7 @@ class RowLoader:
             DataSettingError: A corpus has no row, or all of them less than one global batch.
         """
         self._streams = [TokenStream(folder, sequence_length, seed) for folder in folders]
-        self._global_batch_rows, self._seed = global_batch_rows, seed
+        self._global_batch_rows, self._seed, self._length = global_batch_rows, seed, sequence_length
         counts = [stream.num_rows for stream in self._streams]
         if min(counts) == 0 or sum(counts) < global_batch_rows:
             sizes = ", ".join(f"{s.manifest.corpus} {n:,}" for s, n in zip(self._streams, counts, strict=True))
@@ -56,12 +56,18 @@ class RowLoader:
         """Rows of one pass over every corpus."""
         return sum(stream.num_rows for stream in self._streams)
 
+    @property
+    def share_in_rows(self) -> float:
+        """Share of the training tokens that lie in rows; each shard loses less than two rows of them."""
+        tokens = sum(stream.manifest.num_tokens() for stream in self._streams)
+        return self.num_rows * self._length / tokens
+
     def rows_at(self, step: int, first: int, count: int) -> KeyedRows:
         """Rows ``[first, first + count)`` of the global batch of ``step`` (steps count from 0)."""
         positions = step * self._global_batch_rows + first + np.arange(count, dtype=np.int64)
         corpora, epochs, rows = self._order.rows_at(positions)
         keys = row_keys(self._seed, corpora, epochs, rows)
-        windows = np.empty((count, self._streams[0]._length), np.int32)
+        windows = np.empty((count, self._length), np.int32)
         for c in np.unique(corpora):
             chosen = corpora == c
             windows[chosen] = self._streams[c].windows(epochs[chosen], rows[chosen])

@@ -15,7 +15,7 @@ _ROUNDS = 6
 MIXTURE_BLOCK_ROWS = 4096
 
 
-def mix64(value: np.ndarray | int) -> np.ndarray:
+def mix64(value: np.ndarray | np.uint64 | int) -> np.ndarray:
     """Finaliser of SplitMix64 (Steele, Lea and Flood, 2014): uint64 to uint64, bijective."""
     with np.errstate(over="ignore"):
         z = np.asarray(value, np.uint64) + np.uint64(0x9E3779B97F4A7C15)
@@ -26,9 +26,9 @@ def mix64(value: np.ndarray | int) -> np.ndarray:
 
 def derive_key(*parts: int) -> np.uint64:
     """Hashes integers into one 64-bit key, in order: ``derive_key(a, b) != derive_key(b, a)``."""
-    key = np.uint64(0)
+    key = 0
     for part in parts:
-        key = mix64(key ^ np.uint64(part & 0xFFFFFFFFFFFFFFFF))
+        key = int(mix64(key ^ (part & 0xFFFFFFFFFFFFFFFF)))
     return np.uint64(key)
 
 
@@ -66,8 +66,8 @@ class MixtureOrder:
     """Which row of which corpus stands at each position of the training stream.
 
     Every block of 4,096 positions holds each corpus in proportion to its weight
-    (to 1/4,096) in a keyed order. Within a corpus, draws run through its rows
-    epoch by epoch, each epoch in a keyed order of its own.
+    (to 1/4,096) in a keyed order. Within a corpus, the stream runs through the
+    rows epoch by epoch, each epoch in a keyed order of its own.
     """
 
     def __init__(self, seed: int, num_rows: list[int], weights: list[float]):
@@ -75,16 +75,15 @@ class MixtureOrder:
         self._seed = seed
         self._num_rows = num_rows
         self._quotas = _quotas(weights)
-        self._ends = np.cumsum(self._quotas)
 
     def rows_at(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Maps stream positions to ``(corpus, epoch, row)``, each int64 and shaped as ``positions``."""
         positions = np.asarray(positions, np.int64)
-        block, slot = positions // MIXTURE_BLOCK_ROWS, positions % MIXTURE_BLOCK_ROWS
-        block_keys = mix64(derive_key(self._seed, 1) ^ block.astype(np.uint64))
-        slot = permute(slot, MIXTURE_BLOCK_ROWS, block_keys)
-        corpus = np.searchsorted(self._ends, slot, side="right")
-        draw = block * self._quotas[corpus] + slot - (self._ends - self._quotas)[corpus]
+        corpus, draw = np.empty_like(positions), np.empty_like(positions)
+        blocks, slots = positions // MIXTURE_BLOCK_ROWS, positions % MIXTURE_BLOCK_ROWS
+        for block in np.unique(blocks):
+            chosen = blocks == block
+            corpus[chosen], draw[chosen] = (column[slots[chosen]] for column in self._draws_of_block(int(block)))
         epoch, row = np.empty_like(positions), np.empty_like(positions)
         for c in np.unique(corpus):
             chosen = corpus == c
@@ -92,6 +91,16 @@ class MixtureOrder:
             keys = mix64(derive_key(self._seed, 2, int(c)) ^ epoch[chosen].astype(np.uint64))
             row[chosen] = permute(position, self._num_rows[c], keys)
         return corpus, epoch, row
+
+    def _draws_of_block(self, block: int) -> tuple[np.ndarray, np.ndarray]:
+        """For each slot of a block, its corpus and how many rows of it were drawn before."""
+        slots = np.arange(MIXTURE_BLOCK_ROWS)
+        key = mix64(derive_key(self._seed, 1) ^ np.uint64(block))
+        corpus = np.repeat(np.arange(len(self._quotas)), self._quotas)[permute(slots, MIXTURE_BLOCK_ROWS, key)]
+        draw = np.empty_like(slots)
+        first_slot = np.cumsum(self._quotas) - self._quotas
+        draw[np.argsort(corpus, kind="stable")] = slots - np.repeat(first_slot, self._quotas)
+        return corpus, draw + block * self._quotas[corpus]
 
 
 def _quotas(weights: list[float]) -> np.ndarray:

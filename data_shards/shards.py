@@ -31,6 +31,7 @@ class ShardWriter:
 
     def add(self, document: np.ndarray) -> None:
         """Appends one document's ids, its [SEP] included."""
+        assert document.dtype == self.dtype, f"{document.dtype} ids for a shard of {self.dtype}"
         self._bin.write(document.tobytes())
         self._lengths.append(len(document))
         self.num_tokens += len(document)
@@ -50,7 +51,7 @@ class ShardWriter:
             file.flush()
             os.fsync(file.fileno())
         for suffix in (".idx", ".bin"):
-            os.replace(_temporary(self.prefix, suffix), with_suffix(self.prefix, suffix))
+            publish(_temporary(self.prefix, suffix), with_suffix(self.prefix, suffix))
 
 
 def write_shard(prefix: Path, documents: Iterable[np.ndarray], dtype: np.dtype) -> tuple[int, int]:
@@ -80,6 +81,16 @@ def map_tokens(prefix: Path, dtype: np.dtype, num_tokens: int) -> np.ndarray:
     if num_tokens == 0:
         return np.empty(0, dtype)
     return np.memmap(path, dtype=dtype, mode="r")
+
+
+def publish(temporary: Path, target: Path) -> None:
+    """Renames a file that is on disk to its final name, and makes the name survive a crash too."""
+    os.replace(temporary, target)
+    folder = os.open(target.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
 
 
 def with_suffix(prefix: Path, suffix: str) -> Path:

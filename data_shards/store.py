@@ -1,10 +1,10 @@
 """Shard folders on disk: their manifest, opening them, and rows by number.
 
-    <shards>/<corpus>-<key>/
-      shard_00000.bin .idx       training documents of task 0
-      held_out_00000.bin .idx    held-out documents of task 0
-      tasks/00000.json           completion record of task 0
-      MANIFEST.json              written last; a folder without it is unfinished
+<shards>/<corpus>-<key>/
+  shard_00000.bin .idx       training documents of task 0
+  held_out_00000.bin .idx    held-out documents of task 0
+  tasks/00000.json           completion record of task 0
+  MANIFEST.json              written last; a folder without it is unfinished
 """
 
 import json
@@ -73,7 +73,7 @@ def write_json(path: Path, content: Any) -> None:
         file.write("\n")
         file.flush()
         os.fsync(file.fileno())
-    os.replace(temporary, path)
+    shards.publish(temporary, path)
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

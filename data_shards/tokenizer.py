@@ -7,7 +7,7 @@ so that code never has to look them up. [SEP] ends every document on disk.
 import hashlib
 import io
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from data_shards.errors import DamagedDataError, DataSettingError
 PAD, UNK, CLS, SEP, MASK = range(5)
 SPECIAL_PIECES = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 NUM_SPECIAL = len(SPECIAL_PIECES)
+NEVER_MASKED = (PAD, CLS, SEP, MASK)
 MODEL_NAME = "tokenizer.model"
 
 # The number of threads decides in which order sentencepiece adds up counts, hence the last bits of
@@ -52,9 +53,10 @@ def train(settings: TokenizerSettings, paragraphs: Iterable[str]) -> bytes:
         DataSettingError: The text cannot fill a vocabulary of that size.
     """
     model = io.BytesIO()
+    reading_failures: list[Exception] = []
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(paragraphs),
+            sentence_iterator=_guarded(paragraphs, reading_failures),
             model_writer=model,
             model_type=settings.kind.removeprefix("sentencepiece_"),
             vocab_size=settings.vocab_size,
@@ -68,8 +70,19 @@ def train(settings: TokenizerSettings, paragraphs: Iterable[str]) -> bytes:
             minloglevel=2,
         )  # fmt: skip
     except (RuntimeError, OSError) as error:
+        if reading_failures:
+            raise reading_failures[0] from error
         raise _explain_training_failure(settings.vocab_size, str(error)) from error
     return model.getvalue()
+
+
+def _guarded(paragraphs: Iterable[str], failures: list[Exception]) -> Iterator[str]:
+    """Keeps what went wrong while reading: sentencepiece would only pass on its text."""
+    try:
+        yield from paragraphs
+    except Exception as error:
+        failures.append(error)
+        raise
 
 
 def _explain_training_failure(vocab_size: int, message: str) -> Exception:
@@ -108,8 +121,9 @@ class Tokenizer:
         content = path.read_bytes()
         self.path = path
         self.digest = hashlib.sha256(content).hexdigest()
+        self._model = sentencepiece.SentencePieceProcessor()
         try:
-            self._model = sentencepiece.SentencePieceProcessor(model_proto=content)
+            self._model.LoadFromSerializedProto(content)
         except RuntimeError as error:
             raise DamagedDataError(f"{path}: not a sentencepiece model ({error})") from error
         self.vocab_size = self._model.get_piece_size()

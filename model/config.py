@@ -115,10 +115,16 @@ class ObjectiveConfig(Section):
         description="Token, position and type tables and their LayerNorm in common (released), or none.",
     )
     mask_fraction: float = Field(
-        0.15, gt=0, lt=1, description="Share of a row's positions that are selected: 0.15, and 0.25 for Large."
+        0.15,
+        gt=0,
+        lt=1,
+        description="Share of a row's positions that are selected: 0.15, and 0.25 for Large.",
     )
     mask_token_share: float = Field(
-        0.85, gt=0, le=1, description="Selected positions that show [MASK]; the others stay (pretrain_helpers.py)."
+        0.85,
+        gt=0,
+        le=1,
+        description="Selected positions that show [MASK]; the others stay (pretrain_helpers.py).",
     )
     generator_loss_weight: float = Field(1.0, ge=0, description="Weight of the generator's MLM loss.")
     discriminator_loss_weight: float = Field(50.0, ge=0, description="Lambda of the paper.")

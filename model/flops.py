@@ -24,11 +24,9 @@ def forward_flops_per_token(
     disc, gen, emb = model.discriminator, model.generator, model.embedding_size
     masked_share = int((objective.mask_fraction + 0.005) * sequence_length) / sequence_length
     return {
-        "discriminator_encoder": encoder_flops_per_token(disc, sequence_length)
-        + _projection(emb, disc.hidden_size),
+        "discriminator_encoder": encoder_flops_per_token(disc, sequence_length) + _projection(emb, disc.hidden_size),
         "discriminator_head": 2 * (disc.hidden_size**2 + disc.hidden_size),
-        "generator_encoder": encoder_flops_per_token(gen, sequence_length)
-        + _projection(emb, gen.hidden_size),
+        "generator_encoder": encoder_flops_per_token(gen, sequence_length) + _projection(emb, gen.hidden_size),
         "generator_head": masked_share * 2 * (gen.hidden_size * emb + emb * vocab_size),
     }
 

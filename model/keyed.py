@@ -7,7 +7,7 @@ every resume, so nothing random has to be stored.
 import torch
 from torch import Tensor
 
-_M32 = 0xFFFFFFFF
+_M32, _M64 = 0xFFFFFFFF, 0xFFFFFFFFFFFFFFFF
 
 
 def hash32(value: Tensor) -> Tensor:
@@ -33,9 +33,15 @@ def keyed_bits(keys_B: Tensor, num_draws: int, stream: int) -> Tensor:
 
 def seed_for(seed: int, step: int, micro_batch: int, stream: int) -> int:
     """A 63-bit seed for torch's generators, for one use in one micro-batch of one step."""
-    parts = torch.tensor([seed, step, micro_batch, stream], dtype=torch.int64)
-    low = high = torch.tensor(0x243F6A88, dtype=torch.int64)
-    for part in parts:
-        low = hash32((low ^ (part & _M32)) & _M32)
-        high = hash32((high ^ low ^ ((part >> 32) & _M32)) & _M32) ^ 0x85A308D3
-    return int(((high & 0x7FFFFFFF) << 32) | low)
+    key = 0
+    for part in (seed, step, micro_batch, stream):
+        key = _mix64(key ^ part)
+    return key >> 1
+
+
+def _mix64(value: int) -> int:
+    """Finaliser of SplitMix64 (Steele, Lea and Flood, 2014)."""
+    value = (value + 0x9E3779B97F4A7C15) & _M64
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _M64
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _M64
+    return value ^ (value >> 31)

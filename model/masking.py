@@ -34,27 +34,27 @@ def select_and_mask(
     masked_per_row: int,
     mask_token_share: float,
     mask_id: int,
-    num_special: int,
+    never_selected: tuple[int, ...],
 ) -> Masking:
-    """Draws exactly ``masked_per_row`` distinct positions of each row, uniformly, specials excluded.
+    """Draws exactly ``masked_per_row`` distinct positions of each row, uniformly.
 
     A selected position shows [MASK] with probability ``mask_token_share`` and its own
     token otherwise; never a random one (google-research/electra, ``pretrain_helpers.py``).
     The draw depends on the row's key alone.
 
     Args:
-        token_ids_BT: Original tokens; ids below ``num_special`` are never selected.
+        token_ids_BT: Original tokens.
         keys_B: int64 key of each row and visit.
         masked_per_row: M.
         mask_token_share: Probability of [MASK], 0 to 1.
         mask_id: Id of [MASK].
-        num_special: Number of special ids, which are the lowest.
+        never_selected: Ids that stay as they are: [PAD], [CLS], [SEP], [MASK]; [UNK] may be selected, as released.
     """
     length = token_ids_BT.shape[1]
     position_T = torch.arange(length, device=token_ids_BT.device)
     # The position in the low bits makes every priority distinct, so that all devices agree on the order.
     priority_BT = (keyed_bits(keys_B, length, _SELECT) << 20) | position_T
-    special_BT = token_ids_BT < num_special
+    special_BT = torch.isin(token_ids_BT, torch.tensor(never_selected, device=token_ids_BT.device))
     priority_BT = priority_BT.masked_fill(special_BT, torch.iinfo(torch.int64).max)
     positions_BM = priority_BT.topk(masked_per_row, dim=1, largest=False).indices.sort(dim=1).values
     weights_BM = (~special_BT.gather(1, positions_BM)).float()

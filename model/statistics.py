@@ -7,6 +7,7 @@ vector of sums, and ``metrics`` at the end.
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 FIELDS = (
@@ -88,7 +89,7 @@ def count_ordered_pairs(scores_N: Tensor, positive_N: Tensor) -> tuple[Tensor, T
         ``(U, pairs)``, float64 scalars.
     """
     sorted_N, order_N = scores_N.sort()
-    negatives_before = torch.cat([scores_N.new_zeros(1, dtype=torch.float64), (~positive_N[order_N]).double().cumsum(0)])
+    negatives_before = F.pad((~positive_N[order_N]).long().cumsum(0), (1, 0))
     below_N = negatives_before[torch.searchsorted(sorted_N, scores_N, side="left")]
     not_above_N = negatives_before[torch.searchsorted(sorted_N, scores_N, side="right")]
     positive_N = positive_N.double()

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from data_shards.loader import KeyedRows, RowLoader
-from data_shards.tokenizer import MASK, NUM_SPECIAL
+from data_shards.tokenizer import MASK, NEVER_MASKED
 from model.electra import MicroBatch
 from model.kernels.attention import Packing
 from model.keyed import seed_for
@@ -32,7 +32,7 @@ def to_micro_batch(rows: KeyedRows, config: Config, device: str, sampling_seed: 
         config.objective.masked_per_row(config.data.sequence_length),
         config.objective.mask_token_share,
         MASK,
-        NUM_SPECIAL,
+        NEVER_MASKED,
     )
     return MicroBatch(
         token_ids_BT=token_ids,

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from pipeline import checkpoint as checkpoints
 from pipeline.config import Config
-from pipeline.distributed import Process
+from pipeline.distributed import Process, leave_together
 from pipeline.environment import describe_environment
 from pipeline.errors import ConfigError, ElectraError, StoppedEarly
 from pipeline.keys import science_of
@@ -34,6 +34,10 @@ Action = Literal["reuse", "resume", "run", "wait"]
 
 _EVALUATE_SELECTION = ("evaluate.tasks", "evaluate.seeds", "evaluate.checkpoint")
 """Keys that choose which units to evaluate; units done under others stay valid."""
+
+
+# How long a process waits for the others before it exits; rank 0 may still be shipping to MLflow.
+_PATIENCE_S, _PATIENCE_AFTER_ERROR_S = 150.0, 20.0
 
 
 @dataclass(frozen=True)
@@ -260,8 +264,16 @@ def run_as_rank(config: Config, stage: str, process: Process, launched_here: boo
     if decision.action == "reuse":
         logger.info("%s: %s", stage, decision.why)
         return
-    with ExitStack() as stack:
-        if process.rank == 0 and not launched_here:
-            stack.enter_context(run_lock(config))
-            stack.enter_context(Shipper(config))
-        execute_stage(config, decision, process)
+    try:
+        with ExitStack() as stack:
+            if process.rank == 0 and not launched_here:
+                stack.enter_context(run_lock(config))
+                stack.enter_context(Shipper(config))
+            execute_stage(config, decision, process)
+    except StoppedEarly as stopped:
+        leave_together(_PATIENCE_S)
+        raise StoppedEarly(str(stopped) if process.rank == 0 else "") from None
+    except ElectraError:
+        leave_together(_PATIENCE_AFTER_ERROR_S)  # which may be this process's alone
+        raise
+    leave_together(_PATIENCE_S)

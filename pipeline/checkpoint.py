@@ -69,10 +69,27 @@ def save(folder: Path, state: dict[str, Any], tensors: Iterable[tuple[str, str, 
         tensors: (kind, name, tensor), see ``Engine.full_state``.
         keep: Newest checkpoints that stay.
     """
-    from safetensors.torch import save_file
-
     target = step_folder(folder, state["step"])
     temporary = folder / f".tmp-{target.name}"
+    try:
+        _write_files(temporary, state, tensors)
+    except OSError:
+        shutil.rmtree(temporary, ignore_errors=True)  # its space may be what is missing
+        raise
+    if target.exists():  # left by an older lineage, or damaged: never deleted
+        _move_aside(target, "replaced")
+    os.replace(temporary, target)
+    _fsync(folder)
+    _write_latest(folder, target.name)
+    _prune(folder, keep)
+    return Checkpoint(target, state, digest_file(target / MANIFEST))
+
+
+def _write_files(temporary: Path, state: dict[str, Any], tensors: Iterable[tuple[str, str, Any]]) -> None:
+    """Everything of a checkpoint, its manifest last, on disk when this returns."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     weights, moments = {}, {}
@@ -81,8 +98,11 @@ def save(folder: Path, state: dict[str, Any], tensors: Iterable[tuple[str, str, 
             weights[name] = tensor
         else:
             moments[f"{kind}/{name}"] = tensor
-    save_file(weights, temporary / WEIGHTS)
-    save_file(moments, temporary / OPTIMIZER)
+    try:
+        save_file(weights, temporary / WEIGHTS)
+        save_file(moments, temporary / OPTIMIZER)
+    except SafetensorError as error:  # how it reports a full disk
+        raise OSError(str(error)) from error
     write_json(temporary / STATE, state)
     files = {}
     for name in (WEIGHTS, OPTIMIZER, STATE):
@@ -91,13 +111,6 @@ def save(folder: Path, state: dict[str, Any], tensors: Iterable[tuple[str, str, 
         files[name] = {"size": path.stat().st_size, "sha256": digest_file(path)}
     write_json(temporary / MANIFEST, {"step": state["step"], "files": files})
     _fsync(temporary)
-    if target.exists():  # left by an older lineage, or damaged: never deleted
-        _move_aside(target, "replaced")
-    os.replace(temporary, target)
-    _fsync(folder)
-    _write_latest(folder, target.name)
-    _prune(folder, keep)
-    return Checkpoint(target, state, digest_file(target / MANIFEST))
 
 
 def load_newest(folder: Path) -> Checkpoint | None:

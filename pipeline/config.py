@@ -94,7 +94,8 @@ class TrainConfig(Section):
     steps: int = Field(ge=1, description="Optimizer steps of the whole run; the schedule ends there.")
     global_batch_size: int = Field(ge=1, description="Rows of sequence_length tokens per step.")
     micro_batch_size: Auto | Count = Field(
-        "auto", description="Rows of one forward pass; divides global_batch_size. auto: at most 32,768 tokens."
+        "auto",
+        description="Rows of one forward pass; divides global_batch_size. auto: at most 32,768 tokens.",
     )
     precision: Literal["fp32", "bf16", "fp16"] = Field("bf16", description="Of weights and activations in a pass.")
     stop_after_seconds: float | None = Field(None, gt=0, description="Save and exit 85 after so long in this attempt.")
@@ -116,7 +117,8 @@ class OptimizerConfig(Section):
     weight_decay: float = Field(0.01, ge=0, description="On all but LayerNorm and biases; embeddings decay too.")
     bias_correction: bool = Field(False, description="The released optimizer has none.")
     schedule: Literal["linear_times_warmup"] = Field(
-        "linear_times_warmup", description="Linear decay to 0 over all steps times min(1, step / warmup_steps)."
+        "linear_times_warmup",
+        description="Linear decay to 0 over all steps times min(1, step / warmup_steps).",
     )
     warmup_steps: int = Field(10_000, ge=0, description="Steps of warm-up.")
     gradient_clip: float = Field(1.0, gt=0, description="Largest global norm, over both networks together.")

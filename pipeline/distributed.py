@@ -5,14 +5,21 @@ host, beside whatever the gradients use, so that they never wait for a GPU.
 """
 
 import os
+import signal
 import socket
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
 from pipeline.errors import ConfigError
 
-_BATCH_STEP_ID = "4294967291"  # Slurm's id of the batch script: a shell, not a step with ranks
+# Steps of ranks count from 0; Slurm's special steps (batch shell, interactive shell) have ids up here.
+_FIRST_SPECIAL_STEP_ID = 0xFFFFFF00
+
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
+"""What asks for a checkpoint and an exit: Slurm, a user's Ctrl-C, a site's preemption."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +37,7 @@ def discover_process() -> Process | None:
     if "RANK" in environment:
         rank = int(environment["RANK"])
         return Process(rank, int(environment.get("LOCAL_RANK", rank)), int(environment.get("WORLD_SIZE", 1)))
-    if "SLURM_PROCID" in environment and environment.get("SLURM_STEP_ID", _BATCH_STEP_ID) != _BATCH_STEP_ID:
+    if int(environment.get("SLURM_STEP_ID", _FIRST_SPECIAL_STEP_ID)) < _FIRST_SPECIAL_STEP_ID:
         return Process(
             int(environment["SLURM_PROCID"]),
             int(environment.get("SLURM_LOCALID", 0)),
@@ -90,9 +97,7 @@ def init_process_group(process: Process, device: str) -> None:
                 "start them with `electra`, torchrun or the scripts in slurm/"
             )
         os.environ["MASTER_PORT"] = str(free_port())
-    os.environ.update(
-        RANK=str(process.rank), LOCAL_RANK=str(process.local_rank), WORLD_SIZE=str(process.world_size)
-    )
+    os.environ.update(RANK=str(process.rank), LOCAL_RANK=str(process.local_rank), WORLD_SIZE=str(process.world_size))
     if device == "cuda":
         torch.cuda.set_device(process.local_rank)
     dist.init_process_group(
@@ -103,15 +108,37 @@ def init_process_group(process: Process, device: str) -> None:
     )
 
 
+def ignore_stop_signals() -> None:
+    """From here on the process ends by itself; a signal would only change its exit code."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def leave_together(patience_s: float) -> None:
+    """Waits until every process is ready to exit: Slurm ends the others after the first one's exit."""
+    import torch.distributed as dist
+
+    ignore_stop_signals()
+    if not dist.is_initialized():
+        return
+    with suppress(RuntimeError):  # a process that is gone cannot be waited for
+        dist.monitored_barrier(Control.host_group, timedelta(seconds=patience_s))
+    dist.destroy_process_group()
+
+
 class Control:
     """What processes agree on, over gloo."""
+
+    host_group: Any = None
+    """The gloo group beside NCCL; None means the default group, which is gloo on CPU."""
 
     def __init__(self, device: str):
         """Call after ``init_process_group``."""
         import torch.distributed as dist
 
         self._dist = dist
-        self._group = dist.new_group(backend="gloo") if device == "cuda" else None
+        group: Any = dist.new_group(backend="gloo") if device == "cuda" else None
+        self._group = Control.host_group = group
         self.world_size = dist.get_world_size()
         self.is_first = dist.get_rank() == 0
 

@@ -71,21 +71,22 @@ class Engine:
         self._base_optimizer = optimizer
         self._is_plain = self.stage == 0 and config.train.precision == "fp32"
         names = {parameter: name for name, parameter in model.named_parameters()}
-        self._engine, *_ = deepspeed.initialize(
+        self._engine: Any = deepspeed.initialize(
             model=model.to(device), optimizer=optimizer, config=settings, dist_init_required=False
-        )
+        )[0]
         self._parameters = {names[parameter]: parameter for parameter in model.parameters()}
         self._create_moments()
 
     def step(
         self,
-        micro_batches: Iterator[tuple[int, MicroBatch]],
+        micro_batches: list[tuple[int, MicroBatch]],
         counts: GlobalCounts,
         lr: float,
         dropout_seed: Callable[[int], int],
     ) -> StepResult:
         """Forward and backward over this process's micro-batches, then one update."""
-        self._engine.train()
+        if not self.model.training:
+            self._engine.train()
         statistics = Statistics.zeros(self._engine.device)
         for number, batch in micro_batches:
             torch.manual_seed(dropout_seed(number))
@@ -104,7 +105,7 @@ class Engine:
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
         if self._is_plain:
-            norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), self._clip))
+            norm = float(nn.utils.clip_grad_norm_(self._parameters.values(), self._clip))
             if not math.isfinite(norm):
                 self._engine.optimizer.step = _skip_once(self._engine.optimizer)
             self._engine.step()

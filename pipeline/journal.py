@@ -44,7 +44,7 @@ class Journal:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - open as long as the stage
+        self._file = open(path, "a", encoding="utf-8")
 
     def append(self, entry: Entry) -> None:
         """Writes one line, visible to readers at once."""

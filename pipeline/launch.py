@@ -12,12 +12,11 @@ import time
 from types import FrameType
 
 from pipeline.config import Config
-from pipeline.distributed import free_port
+from pipeline.distributed import STOP_SIGNALS, free_port
 from pipeline.log import logger
 
 _GRACE_S = 10.0
 _PR_SET_PDEATHSIG = 1
-FORWARDED_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 
 
 def num_processes(config: Config, stage: str) -> int:
@@ -71,7 +70,7 @@ def launch(arguments: list[str], processes: int, threads: int) -> int:
             if child.poll() is None:
                 child.send_signal(number)
 
-    previous = {number: signal.signal(number, forward) for number in FORWARDED_SIGNALS}
+    previous = {number: signal.signal(number, forward) for number in STOP_SIGNALS}
     try:
         return _watch(children)
     finally:
@@ -108,4 +107,3 @@ def _combine(codes: list[int]) -> int:
 def _die_with_parent() -> None:
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-

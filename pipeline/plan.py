@@ -25,6 +25,7 @@ class Plan:
         flops_per_token: Nominal training FLOPs, see ``model.flops``.
         checkpoint_bytes: One checkpoint: weights and both moments in fp32.
         disk_bytes: Checkpoints that are kept plus one being written.
+        token_bytes: Of one token in a shard.
     """
 
     world_size: int
@@ -46,6 +47,7 @@ class Plan:
     flops_total: float
     checkpoint_bytes: int
     disk_bytes: int
+    token_bytes: int
 
     def to_dict(self) -> dict[str, Any]:
         """Fields as JSON types."""
@@ -98,6 +100,7 @@ def make_plan(
         flops_total=flops_per_token * rows * length * config.train.steps,
         checkpoint_bytes=checkpoint_bytes,
         disk_bytes=checkpoint_bytes * (config.train.keep_checkpoints + 1),
+        token_bytes=2 if vocab_size < 65536 else 4,
     )
 
 
@@ -128,5 +131,6 @@ def describe(plan: Plan) -> list[tuple[str, str]]:
         ("FLOPs per step", f"{plan.flops_per_step:.3e}"),
         ("FLOPs in all", f"{plan.flops_total:.3e}"),
         ("one checkpoint", f"{plan.checkpoint_bytes / 2**30:.2f} GiB"),
+        ("disk for shards", f"{plan.token_bytes} bytes per token of the corpora"),
         ("disk for checkpoints", f"{plan.disk_bytes / 2**30:.2f} GiB"),
     ]

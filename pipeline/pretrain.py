@@ -8,9 +8,11 @@ Every process runs this. Rank 0 writes the journal and the checkpoints.
 """
 
 import math
+import os
 import signal
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,15 @@ from pipeline import checkpoint as checkpoints
 from pipeline.batches import MicroBatches
 from pipeline.config import Config
 from pipeline.devices import peak_flops, peak_memory_gib
-from pipeline.distributed import Control, Process, init_process_group, processes_on_this_machine, resolve_device
+from pipeline.distributed import (
+    STOP_SIGNALS,
+    Control,
+    Process,
+    ignore_stop_signals,
+    init_process_group,
+    processes_on_this_machine,
+    resolve_device,
+)
 from pipeline.engine import MOMENTS, Engine
 from pipeline.errors import ConfigError, DoNotRequeueError, StoppedEarly
 from pipeline.held_out import score_held_out
@@ -39,6 +49,11 @@ from pipeline.stages import StageRecord, free_bytes, stage_folder, write_record
 from pipeline.tokenize import load_tokenize_output
 
 _INITIALISATION = 0  # stream of random numbers
+_LEAST_SHARE_IN_ROWS = 0.95
+
+
+def _no_sums() -> list[float]:
+    return Statistics.zeros().sums.tolist()
 
 
 @dataclass
@@ -55,7 +70,7 @@ class TrainingState:
     step: int = 0
     skipped_steps: int = 0
     trained_s: float = 0.0
-    open_sums: list[float] = field(default_factory=lambda: Statistics.zeros().sums.tolist())
+    open_sums: list[float] = field(default_factory=_no_sums)
 
     @property
     def applied_steps(self) -> int:
@@ -78,16 +93,14 @@ def run_pretrain(config: Config, record: StageRecord, process: Process) -> None:
     threads = record.numerics.get("threads") if config.launch.threads_per_process == "auto" else None
     threads = threads or threads_per_process(config, processes_on_this_machine(process))
     torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(config.train.deterministic)
+    _choose_algorithms(config.train.deterministic)
     init_process_group(process, device)
     control = Control(device)
 
     tokenized = load_tokenize_output(config)
     folders, weights = shard_folders(config, tokenized)
     plan = make_plan(config, process.world_size, tokenized["vocab_size"], record.numerics.get("micro_batch_rows"))
-    loader = RowLoader(
-        folders, weights, config.data.sequence_length, config.train.global_batch_size, config.run.seed
-    )
+    loader = RowLoader(folders, weights, config.data.sequence_length, config.train.global_batch_size, config.run.seed)
     kernels = select_kernels(config.kernels.backend)
     _check_disk(folder, plan)
     peak, peak_source = peak_flops(device, threads)
@@ -95,6 +108,11 @@ def run_pretrain(config: Config, record: StageRecord, process: Process) -> None:
         logger.info("%-32s %s", name, value)
     logger.info("%-32s %.1f over %s rows", "epochs", plan.total_tokens / plan.sequence_length_tokens / loader.num_rows,
                 f"{loader.num_rows:,}")  # fmt: skip
+    if loader.share_in_rows < _LEAST_SHARE_IN_ROWS:
+        logger.warning(
+            "only %.0f %% of the tokens lie in rows: shards of many small files are shorter than two rows of %d tokens; "
+            "join the files, or raise data.task_bytes", 100 * loader.share_in_rows, plan.sequence_length_tokens,
+        )  # fmt: skip
     logger.info("kernels: %s (%s)", kernels.names, kernels.reason)
     logger.info("MFU refers to %.2f TFLOP/s per process (%s)", peak / 1e12, peak_source)
 
@@ -115,9 +133,7 @@ def run_pretrain(config: Config, record: StageRecord, process: Process) -> None:
         _train(run, batches, stop)
     finally:
         run.progress.close()
-    record.metrics = score_held_out(
-        config, plan, engine, folders, tokenized["vocab_size"], process, control, device
-    )
+    record.metrics = score_held_out(config, plan, engine, folders, tokenized["vocab_size"], process, control, device)
     record.metrics_step = state.step
     _report_held_out(record.metrics)
     newest = checkpoints.load(folder / "checkpoints", state.step)
@@ -133,19 +149,19 @@ def _train(run: "_Run", batches: MicroBatches, stop: "StopRequest") -> None:
         masked = float(sum(batch.num_masked for _, batch in micro_batches))
         tokens = sum(batch.num_tokens for _, batch in micro_batches)
         # One exchange a step, on the host: the losses' denominators, and whether anybody was told to stop.
-        stops, masked, tokens = run.control.sum([stop.reason() is not None, masked, tokens])
+        stops, masked, tokens = run.control.sum([float(stop.reason() is not None), masked, tokens])
         if stops:
             run.save()
+            ignore_stop_signals()
             raise StoppedEarly(
                 f"stopped at step {state.step:,} of {config.train.steps:,} ({stop.reason() or 'another process'}); "
                 "everything is saved, the same command goes on"
             )
-        step = state.step
         lr = linear_times_warmup(
             config.optimizer.lr, state.applied_steps, config.optimizer.warmup_steps, config.train.steps
         )
         result = run.engine.step(
-            iter(micro_batches), GlobalCounts(masked, tokens), lr, lambda number: batches.dropout_seed(step, number)
+            micro_batches, GlobalCounts(masked, tokens), lr, partial(batches.dropout_seed, state.step)
         )
         state.step += 1
         run.account(result.statistics, time.monotonic() - began)
@@ -219,7 +235,7 @@ class _Run:
         if self.journal:
             self.journal.append(entry)
             self.progress.report(entry, (plan.steps - state.step) * seconds / steps)
-        state.open_sums = Statistics.zeros().sums.tolist()
+        state.open_sums = _no_sums()
         self._logged_step, self._logged_s = state.step, state.trained_s
 
     def save(self) -> None:
@@ -262,7 +278,7 @@ class StopRequest:
         self._deadline = begin + after_seconds if after_seconds else math.inf
         self._after_seconds = after_seconds
         self._signal: str | None = None
-        for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT):
+        for number in STOP_SIGNALS:
             signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, frame: Any) -> None:
@@ -276,6 +292,15 @@ class StopRequest:
         if time.monotonic() > self._deadline:
             return f"train.stop_after_seconds={self._after_seconds:g}"
         return None
+
+
+def _choose_algorithms(deterministic: bool) -> None:
+    """Deterministic algorithms where several exist; takes effect before the first product on a GPU."""
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS refuses without it
+    torch.use_deterministic_algorithms(deterministic)
+    # Filling every fresh tensor would cost DeepSpeed's buckets of half a billion elements each step.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def shard_folders(config: Config, tokenized: dict[str, Any]) -> tuple[list[Path], list[float]]:

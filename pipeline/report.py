@@ -57,7 +57,10 @@ def print_summary(config: Config) -> None:
     metrics = pretrain.metrics if pretrain else {}
     click.echo()
     if metrics:
-        auc, error = metrics["held_out/discriminator_auc"], metrics["held_out/discriminator_auc_standard_error"]
+        auc, error = (
+            metrics["held_out/discriminator_auc"],
+            metrics["held_out/discriminator_auc_standard_error"],
+        )
         click.echo(
             f"held-out text: generator's loss on [MASK] {metrics['held_out/generator_mask_token_loss']:.3f} nats, "
             f"unigram entropy {metrics['held_out/unigram_entropy']:.3f} nats"

@@ -12,9 +12,14 @@ import select
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from pipeline.distributed import ignore_stop_signals
 from pipeline.errors import ElectraError
-from pipeline.tracking import Mirror, first_line, redact
+from pipeline.tracking import first_line, redact
+
+if TYPE_CHECKING:
+    from pipeline.tracking_mirror import Mirror
 
 _INTERVAL_S = 2.0
 _LONGEST_PAUSE_S = 60.0
@@ -26,28 +31,35 @@ def main() -> int:
     folder, experiment = Path(sys.argv[1]), sys.argv[2]
     uri = os.environ["ELECTRA_TRACKING_URI"]
     os.nice(10)  # training comes first
+    ignore_stop_signals()  # Slurm sends them to every process; this one ends with the pipe
     with open(folder / ".shipper.lock", "w") as lock:
         _wait_for_lock(lock.fileno())
         return _ship(folder, uri, experiment)
 
 
 def _ship(folder: Path, uri: str, experiment: str) -> int:
-    mirror: Mirror | None = None
+    mirror = None
     pause_s = _INTERVAL_S
     while True:
         word = _listen(pause_s)
         try:
-            mirror = mirror or Mirror(folder, uri, experiment)
+            mirror = mirror or _connect(folder, uri, experiment)
             mirror.mirror(owner_alive=word is None)
             pause_s = _INTERVAL_S
         except Exception as error:
-            _say(f"{redact(uri)}: {type(error).__name__}: {first_line(error)}")
+            _say(f"{redact(uri)}: {type(error).__name__}: {first_line(error, uri)}")
             pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
             if word is not None:
                 return 1
         else:
             if word is not None:
                 return 0
+
+
+def _connect(folder: Path, uri: str, experiment: str) -> "Mirror":
+    from pipeline.tracking_mirror import Mirror  # takes seconds to import; the pipe is read before
+
+    return Mirror(folder, uri, experiment)
 
 
 def _listen(seconds: float) -> str | None:

@@ -212,7 +212,9 @@ def load_tokenize_output(config: Config) -> dict[str, Any]:
             f"{stage_folder(config, 'tokenize')}: no finished tokenize stage for run {config.run.name!r}; "
             "run `electra tokenize` with this config first"
         )
-    changed = [key for key, value in science_of(config, "tokenize").items() if record.inputs["science"].get(key) != value]
+    changed = [
+        key for key, value in science_of(config, "tokenize").items() if record.inputs["science"].get(key) != value
+    ]
     if changed:
         raise ConfigError(
             f"run {config.run.name!r} was tokenized with another {', '.join(changed)}; run `electra tokenize` "
@@ -226,5 +228,3 @@ def load_tokenize_output(config: Config) -> dict[str, Any]:
                 "restore that file, or run tokenize again"
             )
     return record.output
-
-

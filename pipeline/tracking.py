@@ -1,35 +1,38 @@
-"""MLflow as a mirror of the run folder; the folder is the truth.
+"""MLflow beside a run: where it is, and the process that ships to it.
 
-Training writes stage.json and the journal and never waits for MLflow. A mirror
-pass creates the runs that are missing, ships journal entries beyond the last one
-that the store holds, and sets statuses. Doing it twice changes nothing, so the
-shipper process, `electra sync` and a pass after a crash are the same code.
+Training writes stage.json and the journal and never waits for MLflow; a process
+of its own mirrors the folder (``pipeline.tracking_mirror``) while the run goes.
 """
 
 import json
 import os
 import subprocess
 import sys
-import tempfile
-import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from data_shards.store import write_json
 from pipeline.config import Config
-from pipeline.config_file import dump_yaml, load_config
-from pipeline.errors import ElectraError
-from pipeline.journal import Entry, read_entries
-from pipeline.keys import science_of
+from pipeline.config_file import dump_yaml
+from pipeline.errors import ElectraError, StoppedEarly
+from pipeline.journal import read_entries
 from pipeline.log import logger
 from pipeline.stages import STAGES, StageRecord, read_record_file, run_identity
 
-_NETWORK_FILE_SYSTEMS = ("nfs", "lustre", "gpfs", "beegfs", "ceph", "panfs", "cifs", "smb", "fuse.", "afs", "wekafs")
-_STATUS = {"running": "RUNNING", "done": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
-_HIGH_WATER_METRIC = "progress/tokens"  # in every entry; a batch arrives whole or not at all
-_ENTRIES_PER_BATCH = 20
-_FINAL_PASS_S = 120.0
+_NETWORK_FILE_SYSTEMS = (
+    "nfs",
+    "lustre",
+    "gpfs",
+    "beegfs",
+    "ceph",
+    "panfs",
+    "cifs",
+    "smb",
+    "fuse.",
+    "afs",
+    "wekafs",
+)
+_FINAL_PASS_S, _FINAL_PASS_WHEN_STOPPED_S = 120.0, 15.0
 
 
 def resolve_uri(config: Config) -> str | None:
@@ -71,18 +74,30 @@ def needs_shipping(config: Config) -> bool:
     """Whether MLflow lacks something of this run."""
     uri = resolve_uri(config)
     noted = read_tracking(config)
-    return uri is not None and (noted.get("uri") != redact(uri) or noted.get("mirrored") != _summary(config.run_folder))
+    return uri is not None and (
+        noted.get("uri") != redact(uri) or noted.get("mirrored") != summarize(config.run_folder)
+    )
 
 
-def _summary(run_folder: Path) -> dict[str, Any]:
+def summarize(run_folder: Path) -> dict[str, Any]:
     """State of the run folder as far as MLflow mirrors it."""
     summary: dict[str, Any] = {}
     for stage in STAGES:
         record = read_record_file(run_folder / stage / "stage.json")
         if record:
-            summary[stage] = [record.state, record.attempts, record.ended_unix_s, record.fingerprint]
+            summary[stage] = stage_summary(record)
     entries = read_entries(run_folder / "pretrain" / "journal.jsonl")
     return summary | {"step": entries[-1]["step"] if entries else 0}
+
+
+def _without_password(config: Config) -> Config:
+    tracking = config.tracking.model_copy(update={"uri": redact(config.tracking.uri)})
+    return config.model_copy(update={"tracking": tracking})
+
+
+def stage_summary(record: StageRecord) -> list[Any]:
+    """What tells one state of a stage from another."""
+    return [record.state, record.attempts, record.ended_unix_s, record.fingerprint]
 
 
 class Shipper:
@@ -100,7 +115,7 @@ class Shipper:
         folder = self._config.run_folder
         folder.mkdir(parents=True, exist_ok=True)
         run_identity(self._config)
-        (folder / "config.yaml").write_text(dump_yaml(self._config), encoding="utf-8")
+        (folder / "config.yaml").write_text(dump_yaml(_without_password(self._config)), encoding="utf-8")
         self._process = None
         if self._uri is None:
             logger.info("tracking: the journal alone (tracking.uri=%s); `electra sync` ships it later",
@@ -115,15 +130,16 @@ class Shipper:
             )  # fmt: skip
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self._process is None:
             return
+        stopping = kind is not None and issubclass(kind, StoppedEarly)  # Slurm's patience is short then
         assert self._process.stdin
         with suppress(BrokenPipeError):
             self._process.stdin.write(b"end\n")
             self._process.stdin.flush()
         try:
-            code = self._process.wait(_FINAL_PASS_S)
+            code = self._process.wait(_FINAL_PASS_WHEN_STOPPED_S if stopping else _FINAL_PASS_S)
         except subprocess.TimeoutExpired:
             self._process.kill()
             code = -1
@@ -166,211 +182,12 @@ def sync_now(config: Config) -> str:
     os.environ.update(shipper_environment(uri))
     os.chdir(config.run.dir)
     try:
+        from pipeline.tracking_mirror import Mirror
+
         shipped = Mirror(config.run_folder, uri, config.tracking.experiment).mirror(owner_alive=False)
     except Exception as error:
-        raise ElectraError(f"MLflow at {redact(uri)} cannot be reached: {first_line(error)}") from error
+        raise ElectraError(f"MLflow at {redact(uri)} cannot be reached: {first_line(error, uri)}") from error
     return f"{shipped} steps shipped to {redact(uri)}"
-
-
-class Mirror:
-    """Brings MLflow into agreement with one run folder."""
-
-    def __init__(self, run_folder: Path, uri: str, experiment: str):
-        """Connects, creating the SQLite file if need be. Raises whatever MLflow raises when it cannot."""
-        if uri.startswith("sqlite:///"):
-            create_sqlite(Path(uri.removeprefix("sqlite:///")))
-        from mlflow import MlflowClient
-
-        self._folder, self._uri = run_folder, uri
-        self._client = MlflowClient(tracking_uri=uri)
-        self._config = load_config(run_folder / "config.yaml")
-        self._identity = run_identity(self._config)
-        self._experiment_id = self._find_experiment(experiment)
-        self._runs: dict[str, str] = {}
-        self._params: dict[str, dict[str, str]] = {}
-        self._shipped_step: dict[str, int] = {}
-        self._seen: dict[str, Any] = {}
-
-    def mirror(self, owner_alive: bool) -> int:
-        """One pass; returns the number of journal entries that it shipped.
-
-        Args:
-            owner_alive: Whether the process that runs the stages lives. A stage that claims
-                to be running without it was killed.
-        """
-        records = {
-            stage: record for stage in STAGES if (record := read_record_file(self._folder / stage / "stage.json"))
-        }
-        if not records:
-            return 0
-        parent = self._run("pipeline", self._identity, None)
-        self._log_params(parent, self._config.flat())
-        shipped = 0
-        for stage, record in records.items():
-            run_id = self._run(stage, record.fingerprint, parent)
-            if stage == "pretrain":
-                shipped += self._ship_journal(run_id)
-            self._log_stage(stage, run_id, record, owner_alive)
-        self._set_status(parent, self._pipeline_status(records, owner_alive))
-        self._note(records)
-        return shipped
-
-    def _find_experiment(self, name: str) -> str:
-        found = self._client.get_experiment_by_name(name)
-        if found:
-            return found.experiment_id
-        location = None
-        if self._uri.startswith("sqlite:///"):
-            location = (Path(self._uri.removeprefix("sqlite:///")).parent / "mlartifacts" / name).as_uri()
-        try:
-            return self._client.create_experiment(name, artifact_location=location)
-        except Exception:  # another client was first
-            found = self._client.get_experiment_by_name(name)
-            if found is None:
-                raise
-            return found.experiment_id
-
-    def _run(self, stage: str, fingerprint: str, parent: str | None) -> str:
-        """The MLflow run of a stage, found by its tags or created with them in one call."""
-        key = f"{stage}/{fingerprint}"
-        if key not in self._runs:
-            tags = {"electra.run_id": self._identity, "electra.stage": stage, "electra.fingerprint": fingerprint}
-            wanted = " and ".join(f"tags.`{name}` = '{value}'" for name, value in tags.items())
-            found = self._client.search_runs([self._experiment_id], wanted, max_results=1)
-            if found:
-                self._runs[key] = found[0].info.run_id
-            else:
-                name = self._config.run.name if stage == "pipeline" else f"{self._config.run.name} {stage}"
-                more = {"mlflow.parentRunId": parent} if parent else {}
-                run = self._client.create_run(self._experiment_id, tags=tags | more, run_name=name)
-                self._runs[key] = run.info.run_id
-        return self._runs[key]
-
-    def _log_params(self, run_id: str, params: dict[str, Any]) -> None:
-        """Parameters are written once; one that changes later becomes a tag."""
-        from mlflow.entities import Param, RunTag
-
-        wanted = {key: json.dumps(v) if isinstance(v, list | dict) else str(v) for key, v in params.items()}
-        wanted = {key: value[:6000] for key, value in wanted.items()}
-        if self._params.get(run_id) == wanted:
-            return
-        held = self._client.get_run(run_id).data.params
-        new = [Param(key, value) for key, value in wanted.items() if key not in held]
-        drifted = [
-            RunTag(f"electra.drift.{key}", value) for key, value in wanted.items() if held.get(key, value) != value
-        ]
-        for first in range(0, max(len(new), len(drifted)), 100):
-            self._client.log_batch(run_id, params=new[first : first + 100], tags=drifted[first : first + 100])
-        self._params[run_id] = wanted
-
-    def _ship_journal(self, run_id: str) -> int:
-        from mlflow.entities import Metric
-
-        if run_id not in self._shipped_step:
-            history = self._client.get_metric_history(run_id, _HIGH_WATER_METRIC)
-            self._shipped_step[run_id] = max((metric.step for metric in history), default=0)
-        path = self._folder / "pretrain" / "journal.jsonl"
-        entries = [entry for entry in read_entries(path) if entry["step"] > self._shipped_step[run_id]]
-        for first in range(0, len(entries), _ENTRIES_PER_BATCH):
-            batch = entries[first : first + _ENTRIES_PER_BATCH]
-            metrics = [
-                Metric(name, value, int(entry["time/unix_s"] * 1000), entry["step"])
-                for entry in batch
-                for name, value in _metrics_of(entry).items()
-            ]
-            self._client.log_batch(run_id, metrics=metrics)
-            self._shipped_step[run_id] = batch[-1]["step"]
-        return len(entries)
-
-    def _log_stage(self, stage: str, run_id: str, record: StageRecord, owner_alive: bool) -> None:
-        """Parameters, results, tags, artifacts and status of a stage, when something changed."""
-        from mlflow.entities import Metric, RunTag
-
-        status = self._stage_status(record, owner_alive)
-        seen = (status, record.attempts, record.ended_unix_s)
-        if self._seen.get(run_id) == seen:
-            return
-        self._log_params(run_id, science_of(self._config, stage) | record.numerics)
-        held = self._client.get_run(run_id).data.metrics
-        ended_ms = int((record.ended_unix_s or time.time()) * 1000)
-        results = [Metric(k, v, ended_ms, record.metrics_step) for k, v in record.metrics.items() if k not in held]
-        tags = {"electra.attempts": str(record.attempts), "electra.host": str(record.environment.get("host"))}
-        if record.environment.get("git"):
-            tags["mlflow.source.git.commit"] = record.environment["git"]
-        tags |= {f"electra.{key.lower()}": value for key, value in record.environment.get("slurm", {}).items()}
-        tags |= {f"electra.{key}": str(value) for key, value in record.output.items() if key.endswith("sha256")}
-        self._client.log_batch(run_id, metrics=results, tags=[RunTag(*tag) for tag in tags.items()])
-        self._log_artifacts(stage, run_id, record)
-        self._set_status(run_id, status, record.ended_unix_s)
-        self._seen[run_id] = seen
-
-    def _log_artifacts(self, stage: str, run_id: str, record: StageRecord) -> None:
-        with tempfile.TemporaryDirectory() as folder:
-            environment = Path(folder) / "environment.json"
-            write_json(environment, record.environment)
-            files = [self._folder / "config.yaml", environment, self._folder / stage / "results.json"]
-            for file in files:
-                if file.exists():
-                    self._client.log_artifact(run_id, str(file))
-
-    def _stage_status(self, record: StageRecord, owner_alive: bool) -> str:
-        return "KILLED" if record.state == "running" and not owner_alive else _STATUS[record.state]
-
-    def _pipeline_status(self, records: dict[str, StageRecord], owner_alive: bool) -> str:
-        statuses = {self._stage_status(record, owner_alive) for record in records.values()}
-        for status in ("FAILED", "KILLED", "RUNNING"):
-            if status in statuses:
-                return status
-        return "RUNNING" if owner_alive else "FINISHED"
-
-    def _set_status(self, run_id: str, status: str, ended_unix_s: float | None = None) -> None:
-        if self._seen.get(f"status {run_id}") == status:
-            return
-        if status == "RUNNING":
-            self._client.update_run(run_id, status=status)
-        else:
-            self._client.set_terminated(run_id, status, int((ended_unix_s or time.time()) * 1000))
-        self._seen[f"status {run_id}"] = status
-
-    def _note(self, records: dict[str, StageRecord]) -> None:
-        """Leaves the run ids for `electra status`, and how far the mirror got."""
-        runs = {"pipeline": self._runs[f"pipeline/{self._identity}"]}
-        runs |= {stage: self._runs[f"{stage}/{record.fingerprint}"] for stage, record in records.items()}
-        summary: dict[str, Any] = {
-            stage: [record.state, record.attempts, record.ended_unix_s, record.fingerprint]
-            for stage, record in records.items()
-        }
-        step = self._shipped_step.get(runs.get("pretrain", ""), 0)
-        noted = {"uri": redact(self._uri), "runs": runs, "mirrored": summary | {"step": step}}
-        if self._seen.get("noted") != noted:
-            write_json(self._folder / "mlflow.json", noted)
-            self._seen["noted"] = noted
-
-
-def _metrics_of(entry: Entry) -> dict[str, float]:
-    """An entry's metrics by MLflow's names."""
-    named = {"progress/tokens": entry["tokens"], "progress/flops": entry["flops"], "progress/wall_s": entry["wall_s"]}
-    named |= {name: value for name, value in entry.items() if "/" in name and not name.startswith("time/")}
-    return {name: float(value) for name, value in named.items()}
-
-
-def create_sqlite(path: Path) -> None:
-    """Creates MLflow's SQLite file aside and links it into place whole.
-
-    MLflow migrates a new file through dozens of revisions; a kill in the middle
-    would leave one that fails for ever, and two clients at once break each other.
-    """
-    if path.exists():
-        return
-    from mlflow import MlflowClient
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}.tmp")
-    temporary.unlink(missing_ok=True)
-    MlflowClient(tracking_uri=f"sqlite:///{temporary}").search_experiments()
-    with suppress(FileExistsError):  # another client was first; its file is as good
-        os.link(temporary, path)
-    temporary.unlink()
 
 
 def redact(uri: str) -> str:
@@ -379,6 +196,7 @@ def redact(uri: str) -> str:
     return f"{scheme}://{rest.split('@', 1)[1]}" if separator and "@" in rest.split("/", 1)[0] else uri
 
 
-def first_line(error: Exception) -> str:
-    """The first line of an error's text; the rest is for developers."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+def first_line(error: Exception, uri: str) -> str:
+    """The first line of an error's text, without the password that MLflow repeats in it."""
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return line.replace(uri.rstrip("/"), redact(uri).rstrip("/"))[:300]

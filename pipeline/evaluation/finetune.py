@@ -94,7 +94,12 @@ def encode(examples: list[Example], classes: list[str] | None, tokenizer: Tokeni
 
 
 def fine_tune(
-    model: FineTunedElectra, train: list[Encoded], dev: list[Encoded], config: EvaluateConfig, seed: int, device: str
+    model: FineTunedElectra,
+    train: list[Encoded],
+    dev: list[Encoded],
+    config: EvaluateConfig,
+    seed: int,
+    device: str,
 ) -> list[list[float]]:
     """Trains and returns the outputs for each dev example, in their order."""
     torch.manual_seed(seed)

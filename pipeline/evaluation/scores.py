@@ -14,7 +14,8 @@ def score(metric: str, labels: list[Prediction], predictions: list[Prediction]) 
     if metric == "accuracy":
         return float(metrics.accuracy_score(labels, predictions))
     if metric == "f1":
-        return float(metrics.f1_score(labels, predictions, pos_label=max(map(str, labels))))
+        positive = max(map(str, labels))
+        return float(metrics.f1_score([y == positive for y in labels], [y == positive for y in predictions]))
     if metric == "matthews":
         return float(metrics.matthews_corrcoef(labels, predictions))
     correlation = {"pearson": stats.pearsonr, "spearman": stats.spearmanr}[metric]

@@ -96,9 +96,7 @@ def tiny_project(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         *SHRINK,
     ]
     command = [sys.executable, "-m", "pipeline", "tokenize", CONFIG, *overrides]
-    done = subprocess.run(
-        command, cwd=REPOSITORY, env=clean_environment(), capture_output=True, text=True, timeout=120
-    )
+    done = subprocess.run(command, cwd=REPOSITORY, env=clean_environment(), capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
     return overrides
 

@@ -196,9 +196,7 @@ class Cluster:
 
     def _report(self) -> str:
         logs = [*sorted(self.root.glob("*.log")), self.root / "daemons.out"]
-        return "\n".join(
-            f"== {log.name}\n{log.read_text(errors='replace')[-2000:]}" for log in logs if log.exists()
-        )
+        return "\n".join(f"== {log.name}\n{log.read_text(errors='replace')[-2000:]}" for log in logs if log.exists())
 
     def stop(self) -> None:
         """Cancels the jobs, then ends the daemons that this object started, and no other process."""
@@ -256,9 +254,7 @@ class Cluster:
             if time.monotonic() > deadline:
                 self.command("scancel", "--full", "--signal=KILL", str(job), check=False)
                 self.command("scancel", str(job), check=False)
-                raise AssertionError(
-                    f"job {job} did not end in {timeout_s:.0f} s\n{record}\n{read_log(record)}"
-                )
+                raise AssertionError(f"job {job} did not end in {timeout_s:.0f} s\n{record}\n{read_log(record)}")
             time.sleep(0.2)
 
     def run(self, script: Path | str, *arguments: str, timeout_s: float = 120, **options: object) -> Job:

@@ -51,10 +51,6 @@ if rank > 0 and "straggle" in stub:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     Path(f"{name}.ready").touch()
     time.sleep(float(stub["straggle"]))
-while (
-    rank == 0
-    and "straggle" in stub
-    and len(list(Path().glob("*.ready"))) < int(os.environ["SLURM_NTASKS"]) - 1
-):
+while rank == 0 and "straggle" in stub and len(list(Path().glob("*.ready"))) < int(os.environ["SLURM_NTASKS"]) - 1:
     time.sleep(0.05)
 sys.exit(int(stub["first"]) if attempt == 0 and "first" in stub else int(stub.get("exit", "0")))

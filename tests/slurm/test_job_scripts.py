@@ -14,9 +14,7 @@ from slurm_cluster import ONE_RANK, TWO_NODES, Cluster, Job, wait_until
 pytestmark = pytest.mark.slurm
 
 
-def submit_stub(
-    cluster: Cluster, checkout: Path, cwd: Path, *overrides: str, flags=ONE_RANK, env=None
-) -> int:
+def submit_stub(cluster: Cluster, checkout: Path, cwd: Path, *overrides: str, flags=ONE_RANK, env=None) -> int:
     return cluster.submit(checkout / "slurm/pretrain_small.sh", *overrides, flags=flags, cwd=cwd, env=env)
 
 
@@ -57,9 +55,7 @@ def test_two_ranks_get_their_surroundings(cluster: Cluster, stub_checkout: Path,
     environments = [rank["env"] for rank in ranks]
     assert [env["SLURM_PROCID"] for env in environments] == ["0", "1"]
     assert [env["SLURMD_NODENAME"] for env in environments] == ["n1", "n2"]
-    assert {env["MASTER_ADDR"] for env in environments} == {
-        "127.0.0.1"
-    }  # n1's NodeAddr: "n1" itself has no address
+    assert {env["MASTER_ADDR"] for env in environments} == {"127.0.0.1"}  # n1's NodeAddr: "n1" itself has no address
     assert {env["MASTER_PORT"] for env in environments} == {str(10000 + job.id % 20000)}
     assert {env["SRUN_CPUS_PER_TASK"] for env in environments} == {"1"}
     assert not any("RANK" in env or "WORLD_SIZE" in env for env in environments)
@@ -106,9 +102,7 @@ def test_finds_the_repository(place: str, cluster: Cluster, stub_checkout: Path,
         left.unlink()
 
 
-def test_says_in_one_sentence_that_there_is_no_repository(
-    cluster: Cluster, stub_checkout: Path, tmp_path: Path
-):
+def test_says_in_one_sentence_that_there_is_no_repository(cluster: Cluster, stub_checkout: Path, tmp_path: Path):
     script = tmp_path / "copy.sh"
     script.write_bytes((stub_checkout / "slurm/pretrain_small.sh").read_bytes())
     job = cluster.run(script, flags=ONE_RANK, cwd=tmp_path)
@@ -157,14 +151,10 @@ def test_exit_codes_come_through_without_a_requeue(cluster: Cluster, stub_checko
         assert (job.state, job.exit_code, job.restarts) == ("FAILED", code, 0), job.log
 
 
-def test_two_nodes_stop_at_the_signal_and_go_on_after_a_requeue(
-    cluster: Cluster, stub_checkout: Path, tmp_path: Path
-):
+def test_two_nodes_stop_at_the_signal_and_go_on_after_a_requeue(cluster: Cluster, stub_checkout: Path, tmp_path: Path):
     job = submit_stub(cluster, stub_checkout, tmp_path, "stub.hold=true", flags=TWO_NODES)
     wait_until(lambda: len(list(tmp_path.glob("pretrain-attempt0-rank?.json"))) == 2, 30)
-    cluster.command(
-        "scancel", "--batch", "--signal=USR2", str(job)
-    )  # what --signal=B:USR2@300 makes Slurm send
+    cluster.command("scancel", "--batch", "--signal=USR2", str(job))  # what --signal=B:USR2@300 makes Slurm send
     ended = cluster.wait(job)
     assert (ended.state, ended.exit_code, ended.restarts) == ("COMPLETED", 0, 1), ended.log
     assert ended.log.count("stub stopped by SIGUSR2") == 2  # and not SIGTERM from kill-on-bad-exit
@@ -179,9 +169,7 @@ def test_requeues_are_bounded(cluster: Cluster, stub_checkout: Path, tmp_path: P
     assert "not requeued" in job.log
 
 
-def test_scancel_lets_the_step_save_and_does_not_requeue(
-    cluster: Cluster, stub_checkout: Path, tmp_path: Path
-):
+def test_scancel_lets_the_step_save_and_does_not_requeue(cluster: Cluster, stub_checkout: Path, tmp_path: Path):
     job = submit_stub(cluster, stub_checkout, tmp_path, "stub.hold=true", flags=TWO_NODES)
     wait_until(lambda: len(list(tmp_path.glob("pretrain-attempt0-rank?.json"))) == 2, 30)
     cluster.command("scancel", str(job))
@@ -209,9 +197,7 @@ def test_site_settings_reach_the_ranks_without_the_submit_environment(cluster, s
 @pytest.mark.parametrize(("given", "workers"), [([], "3"), (["data.num_workers=2"], "2")])
 def test_tokenize_uses_the_cpus_of_the_task(given, workers, cluster, stub_checkout, tmp_path):
     arguments = ["configs/base.yaml", *given]
-    job = cluster.run(
-        stub_checkout / "slurm/tokenize.sh", *arguments, flags=["--cpus-per-task=3"], cwd=tmp_path
-    )
+    job = cluster.run(stub_checkout / "slurm/tokenize.sh", *arguments, flags=["--cpus-per-task=3"], cwd=tmp_path)
     assert job.exit_code == 0, job.log
     argv = seen(tmp_path, "tokenize-attempt0-rank0")["argv"]
     assert [word for word in argv if word.startswith("data.num_workers")] == [f"data.num_workers={workers}"]
@@ -226,16 +212,12 @@ def test_pipeline_runs_three_jobs_in_order(cluster: Cluster, stub_checkout: Path
 
 
 def test_failed_tokenize_cancels_the_rest(cluster: Cluster, stub_checkout: Path, tmp_path: Path):
-    jobs = cluster.submit_pipeline(
-        stub_checkout, "configs/base.yaml", "stub.fail_stage=tokenize", cwd=tmp_path
-    )
+    jobs = cluster.submit_pipeline(stub_checkout, "configs/base.yaml", "stub.fail_stage=tokenize", cwd=tmp_path)
     assert [cluster.wait(job).state for job in jobs] == ["FAILED", "CANCELLED", "CANCELLED"]
     assert not list(tmp_path.glob("pretrain-*"))
 
 
-def test_refused_submission_leaves_nothing_in_the_queue(
-    cluster: Cluster, stub_checkout: Path, tmp_path: Path
-):
+def test_refused_submission_leaves_nothing_in_the_queue(cluster: Cluster, stub_checkout: Path, tmp_path: Path):
     env = cluster.env | {"ELECTRA_TOKENIZE_SBATCH": "--hold", "ELECTRA_PRETRAIN_SBATCH": "--partition=none"}
     command = [stub_checkout / "slurm/pipeline.sh", "configs/base.yaml"]
     done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=60)

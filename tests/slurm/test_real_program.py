@@ -59,9 +59,7 @@ def test_two_nodes_train_to_the_end_across_a_time_limit(long_run: Job, run_folde
     assert re.search(r"(?m)\b(processes|world[ _]size)\W+2$", long_run.log), long_run.log
 
 
-def test_finished_run_is_up_to_date(
-    cluster: Cluster, long_run: Job, long_run_arguments, run_folder, tmp_path: Path
-):
+def test_finished_run_is_up_to_date(cluster: Cluster, long_run: Job, long_run_arguments, run_folder, tmp_path: Path):
     assert long_run.exit_code == 0, long_run.log
     journal = run_folder("tiny") / "pretrain/journal.jsonl"
     before = journal.read_bytes()

@@ -61,9 +61,7 @@ def test_one_task_per_gpu(size: str):
 
 
 def test_job_scripts_find_the_repository_with_the_same_lines():
-    blocks = {
-        re.search(r"(?s)\nset -euo pipefail\n.*_common\.sh\"\n", script.read_text())[0] for script in JOBS
-    }
+    blocks = {re.search(r"(?s)\nset -euo pipefail\n.*_common\.sh\"\n", script.read_text())[0] for script in JOBS}
     assert len(blocks) == 1
 
 

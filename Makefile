@@ -1,0 +1,40 @@
+# make quickstart   set up, then tokenize, pretrain and evaluate on the bundled sample
+# make test         set up, then all tests
+# make check        format, lint, types, house rules
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+
+.PHONY: setup quickstart test check format clean
+
+setup: $(VENV)/installed
+
+# torch first and pinned: left to a dependency, it would come as a CUDA build of several GB.
+$(VENV)/installed: pyproject.toml constraints.txt
+	@begin=$$(date +%s) && \
+	$(PYTHON) -m venv $(VENV) && \
+	$(BIN)/pip install --quiet -c constraints.txt torch && \
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]' && \
+	touch $@ && \
+	echo "installed in $$(( $$(date +%s) - begin )) s"
+
+quickstart: setup
+	@begin=$$(date +%s) && \
+	$(BIN)/electra run configs/quickstart.yaml && \
+	echo "done in $$(( $$(date +%s) - begin )) s after installation"
+
+test: setup
+	$(BIN)/python -m pytest
+
+check: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+	$(BIN)/python -m pytest tests/test_house_rules.py
+
+format: setup
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf $(VENV) runs *.egg-info .pytest_cache .ruff_cache

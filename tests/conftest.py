@@ -1,0 +1,134 @@
+"""What most tests share: a small made-up corpus, a config for it, and the real command line."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+TINY = """
+run: {{name: tiny, dir: {run_dir}}}
+launch: {{device: cpu, threads_per_process: 1}}
+data:
+  corpora: [{{name: made_up, path: {corpus}}}]
+  sequence_length: 32
+  held_out_fraction: 0.05
+  num_workers: 1
+tokenizer: {{vocab_size: 300}}
+model: {{size: tiny, hidden_layers: 2, hidden_size: 32, attention_heads: 2, feed_forward_size: 64, embedding_size: 24}}
+train:
+  steps: 20
+  global_batch_size: 8
+  micro_batch_size: 2
+  precision: fp32
+  checkpoint_every: 5
+  log_every: 1
+  held_out_rows: 16
+optimizer: {{lr: 5e-4, warmup_steps: 5}}
+evaluate: {{seeds: 2, epochs: 1, batch_size: 16, max_length: 32}}
+tracking: {{uri: none}}
+"""
+
+
+def make_text(documents: int, seed: int = 7) -> str:
+    """Documents of invented words with Zipf's frequencies, blank lines between them."""
+    draw = random.Random(seed)
+    syllables = [onset + vowel for onset in "bdfgklmnprstvz" for vowel in "aeiou"]
+    words = ["".join(draw.choices(syllables, k=draw.randint(1, 4))) for _ in range(800)]
+    weights = [1 / (rank + 1) for rank in range(len(words))]
+
+    def sentence() -> str:
+        return " ".join(draw.choices(words, weights, k=draw.randint(5, 15))) + "."
+
+    return "\n\n".join("\n".join(sentence() for _ in range(draw.randint(2, 8))) for _ in range(documents)) + "\n"
+
+
+@pytest.fixture(scope="session")
+def corpus_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """About 100 kB of text."""
+    path = tmp_path_factory.mktemp("corpus") / "made_up.txt"
+    path.write_text(make_text(300), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def config_path(tmp_path: Path, corpus_path: Path) -> Path:
+    """A config whose run.dir is the test's own."""
+    path = tmp_path / "tiny.yaml"
+    path.write_text(TINY.format(run_dir=tmp_path / "out", corpus=corpus_path), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def shared_config(tmp_path_factory: pytest.TempPathFactory, corpus_path: Path) -> Path:
+    """A config whose tokenize stage is done under several run names; tests choose names of their own."""
+    folder = tmp_path_factory.mktemp("shared")
+    path = folder / "tiny.yaml"
+    path.write_text(TINY.format(run_dir=folder / "out", corpus=corpus_path), encoding="utf-8")
+    return path
+
+
+def command(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "pipeline", *map(str, arguments)]
+
+
+def clean_environment(**more: str) -> dict[str, str]:
+    """This process's environment without what Slurm, torchrun or MLflow may have left in it."""
+    dropped = ("SLURM_", "RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "MLFLOW_", "ELECTRA_LAUNCHED")
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(dropped)}
+    return kept | {"PYTHONPATH": str(REPOSITORY)} | more
+
+
+Electra = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(scope="session")
+def electra() -> Electra:
+    """Runs the real command line; ``code`` is the exit code that is expected."""
+
+    def run(*arguments: object, code: int = 0, **environment: str) -> subprocess.CompletedProcess[str]:
+        done = subprocess.run(
+            command(*arguments), env=clean_environment(**environment), capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == code, f"exit code {done.returncode}, not {code}\n{done.stdout}\n{done.stderr}"
+        if code:
+            assert "Traceback" not in done.stderr, done.stderr
+        return done
+
+    return run
+
+
+def read_journal(run_dir: Path, name: str) -> list[dict]:
+    path = run_dir / "runs" / name / "pretrain" / "journal.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture
+def write_task(tmp_path: Path) -> Callable[..., Path]:
+    """Writes a two-class task that the first word decides; returns the task file."""
+
+    def write(name: str = "first_word", kind: str = "classification") -> Path:
+        draw = random.Random(3)
+        for split, count in (("train", 48), ("dev", 16)):
+            rows = []
+            for number in range(count):
+                label = draw.choice("ab")
+                text = {"a": "bada", "b": "zozo"}[label] + " " + " ".join(draw.choices(["fi", "ku", "mere"], k=4))
+                row = {"id": f"{split}-{number}", "text": text, "label": label}
+                rows.append(row | ({"other": "lala"} if kind == "pair" else {}))
+            (tmp_path / f"{name}_{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        fields = "[text, other]" if kind == "pair" else "[text]"
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(
+            f"name: {name}\nkind: {kind}\ntrain: {name}_train.jsonl\ndev: {name}_dev.jsonl\ntext: {fields}\n"
+            "metrics: [accuracy, f1]\n"
+        )
+        return path
+
+    return write

@@ -1,0 +1,118 @@
+"""What only a GPU can show: fused kernels, half precision, and deterministic algorithms there."""
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read by cuBLAS when it starts
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+
+from kernel_attention import attention_float64, relative_error
+from kernels import ERROR_LIMITS
+from synthetic import TINY_MODEL, build_engine, join_process_group, make_config, micro_batches, random_pieces
+
+from data_shards.tokenizer import MASK, NUM_SPECIAL
+from model.electra import GlobalCounts
+from model.kernels.attention import ATTENTION, Packing
+from model.masking import select_and_mask
+from pipeline.config import Config
+from pipeline.engine import Engine, StepResult
+
+DEVICE = "cuda"
+HAS_DEVICE = torch.cuda.is_available()
+MAX_SCALE_SEARCH_STEPS = 20  # fp16 halves its loss scale from 2^16 until nothing overflows
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not HAS_DEVICE, reason="needs a CUDA device, and PyTorch finds none here"),
+]
+
+
+@pytest.fixture(scope="module")
+def process_group() -> Iterator[None]:
+    join_process_group(DEVICE)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture
+def deterministic() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def tiny_config(precision: str) -> Config:
+    return make_config(True, 8, precision, model=TINY_MODEL | {"attention_heads": 1})  # heads of 64
+
+
+def step(engine: Engine, config: Config, number: int) -> StepResult:
+    (batch,) = micro_batches(config, DEVICE, 1, True, seed=100 + number, is_tiny=True)
+    counts = GlobalCounts(float(batch.num_masked), batch.num_tokens)
+    return engine.step(iter([(0, batch)]), counts, 1e-3, lambda _: 1000 + number)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("several_pieces", [False, True], ids=["one_piece", "several_pieces"])
+@pytest.mark.parametrize("backend", ATTENTION)
+def test_attention_forward_and_backward(backend: str, several_pieces: bool, dtype: torch.dtype):
+    pieces_BT = random_pieces(3, 512, several_pieces).to(DEVICE)
+    query, key, value, gradient = (torch.randn(3, 4, 512, 64, device=DEVICE).to(dtype) for _ in range(4))
+    inputs = [tensor.requires_grad_() for tensor in (query, key, value)]
+    exact_inputs = [tensor.detach().double().requires_grad_() for tensor in inputs]
+    out = ATTENTION[backend](*inputs, Packing(pieces_BT), 0.0)
+    exact = attention_float64(*exact_inputs, pieces_BT)
+    assert out.dtype == dtype and out.shape == query.shape
+    assert relative_error(out, exact) < ERROR_LIMITS[str(dtype).removeprefix("torch.")]
+    found = torch.autograd.grad(out, inputs, gradient)
+    expected = torch.autograd.grad(exact, exact_inputs, gradient.double())
+    for found_gradient, expected_gradient in zip(found, expected, strict=True):
+        error = relative_error(found_gradient, expected_gradient)
+        assert error < ERROR_LIMITS[str(dtype).removeprefix("torch.")]
+
+
+def test_masks_are_those_of_the_cpu():
+    token_ids_BT = torch.randint(0, 500, (16, 128))
+    keys_B = torch.randint(-(2**63), 2**63 - 1, (16,))
+    on_cpu, on_gpu = (
+        select_and_mask(token_ids_BT.to(device), keys_B.to(device), 32, 0.85, MASK, NUM_SPECIAL)
+        for device in ("cpu", DEVICE)
+    )
+    assert torch.equal(on_cpu.positions_BM, on_gpu.positions_BM.cpu())
+    assert torch.equal(on_cpu.weights_BM, on_gpu.weights_BM.cpu())
+    assert torch.equal(on_cpu.generator_ids_BT, on_gpu.generator_ids_BT.cpu())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_engine_step_changes_weights_and_stays_finite(process_group: None, precision: str):
+    config = tiny_config(precision)
+    engine, _ = build_engine(config, DEVICE, seed=1)
+    before = {name: value.clone() for kind, name, value in engine.full_state() if kind == "weight"}
+    allowed = MAX_SCALE_SEARCH_STEPS if precision == "fp16" else 1
+    result = next((r for number in range(allowed) if (r := step(engine, config, number)).applied), None)
+    assert result, f"no update in {allowed} steps"
+    assert 0 < result.gradient_norm < float("inf")
+    assert torch.isfinite(result.statistics.sums).all()
+    after = {name: value for kind, name, value in engine.full_state() if kind == "weight"}
+    assert all(torch.isfinite(value).all() for value in after.values())
+    changed = [name for name, value in after.items() if not torch.equal(value, before[name])]
+    assert set(changed) == set(before)
+
+
+def test_deterministic_steps_twice_are_bitwise_equal(process_group: None, deterministic: None):
+    config = tiny_config("bf16")
+    runs = []
+    for _ in range(2):
+        engine, _ = build_engine(config, DEVICE, seed=1)
+        results = [step(engine, config, number) for number in range(3)]
+        state = {(kind, name): value for kind, name, value in engine.full_state()}
+        runs.append(([(r.gradient_norm, r.statistics.sums.tolist()) for r in results], state))
+    (first_results, first_state), (second_results, second_state) = runs
+    assert first_results == second_results
+    assert first_state.keys() == second_state.keys()
+    different = [key for key, value in first_state.items() if not torch.equal(value, second_state[key])]
+    assert different == []

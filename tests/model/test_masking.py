@@ -1,0 +1,135 @@
+"""Masks: an exact number of distinct positions, uniform, and keyed by row and visit."""
+
+import pytest
+import torch
+from scipy import stats
+
+from model.config import ObjectiveConfig
+from model.masking import select_and_mask
+
+MASK_ID, NUM_SPECIAL, UNK = 4, 5, 1
+NEVER_SELECTED = (0, 2, 3, 4)
+
+
+def rows_of(count: int, length: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    draw = torch.Generator().manual_seed(seed)
+    token_ids = torch.randint(NUM_SPECIAL, 1000, (count, length), generator=draw)
+    return token_ids, torch.randint(-(2**63), 2**63 - 1, (count,), generator=draw)
+
+
+def mask(token_ids, keys, masked=16, share=0.85):
+    return select_and_mask(token_ids, keys, masked, share, MASK_ID, NEVER_SELECTED)
+
+
+def test_each_row_has_the_exact_number_of_distinct_positions_in_order():
+    token_ids, keys = rows_of(300, 128)
+    masking = mask(token_ids, keys, masked=19)
+    assert masking.positions_BM.shape == (300, 19)
+    assert (masking.positions_BM.diff(dim=1) > 0).all()
+    assert (masking.weights_BM == 1).all()
+
+
+def test_special_tokens_are_never_selected():
+    token_ids, keys = rows_of(300, 64)
+    token_ids[torch.rand(token_ids.shape, generator=torch.Generator().manual_seed(1)) < 0.5] = 0
+    token_ids[:, ::9] = torch.tensor(NEVER_SELECTED).repeat(2)[:8]
+    masking = mask(token_ids, keys)
+    selected = token_ids.gather(1, masking.positions_BM)
+    assert (selected[masking.weights_BM == 1] >= NUM_SPECIAL).all()
+    assert torch.equal(masking.generator_ids_BT[token_ids < NUM_SPECIAL], token_ids[token_ids < NUM_SPECIAL])
+
+
+@pytest.mark.parametrize("eligible", [0, 1, 5, 16, 17])
+def test_rows_with_fewer_tokens_than_positions_get_weight_zero_for_the_rest(eligible):
+    token_ids, keys = rows_of(50, 32)
+    token_ids[:, eligible:] = 2
+    masking = mask(token_ids, keys)
+    assert (masking.weights_BM.sum(1) == min(16, eligible)).all()
+    counted = masking.positions_BM[masking.weights_BM == 1]
+    assert counted.numel() == 0 or counted.max() < eligible
+    assert torch.equal(masking.generator_ids_BT[:, eligible:], token_ids[:, eligible:])
+
+
+@pytest.mark.parametrize("share", [0.85, 0.5, 1.0])
+def test_selected_positions_show_mask_at_the_given_share_and_else_the_original(share):
+    token_ids, keys = rows_of(4000, 64)
+    masking = mask(token_ids, keys, share=share)
+    original = token_ids.gather(1, masking.positions_BM)
+    shown = masking.generator_ids_BT.gather(1, masking.positions_BM)
+    is_mask = shown == MASK_ID
+    assert ((shown == original) | is_mask).all()
+    assert abs(is_mask.double().mean() - share) <= 4 * (share * (1 - share) / shown.numel()) ** 0.5
+    per_row = is_mask.sum(1).double()
+    assert share == 1 or abs(per_row.var() / (16 * share * (1 - share)) - 1) < 4 * (2 / 4000) ** 0.5
+    elsewhere = torch.ones_like(token_ids, dtype=torch.bool).scatter(1, masking.positions_BM, False)
+    assert torch.equal(masking.generator_ids_BT[elsewhere], token_ids[elsewhere])
+
+
+def test_all_positions_are_equally_likely():
+    rows, length, masked = 8000, 64, 16
+    token_ids, _ = rows_of(rows, length)
+    for keys in (rows_of(rows, length)[1], torch.arange(rows)):
+        positions = mask(token_ids, keys, masked).positions_BM
+        counts = torch.bincount(positions.flatten(), minlength=length).double()
+        share = masked / length
+        # Without replacement the counts of a row sum to M, which shrinks chi-square by (T - 1) / T.
+        chi_square = ((counts - rows * share) ** 2).sum() / (rows * share * (1 - share)) * (length - 1) / length
+        assert 1e-4 < stats.chi2.sf(float(chi_square), length - 1) < 1 - 1e-4
+
+
+def test_neighbours_are_selected_together_as_often_as_any_two():
+    rows, length, masked = 8000, 64, 16
+    token_ids, keys = rows_of(rows, length)
+    selected = torch.zeros(rows, length).scatter(1, mask(token_ids, keys, masked).positions_BM, 1.0)
+    for distance in (1, 2, 8):
+        share = (selected[:, distance:] * selected[:, :-distance]).mean()
+        expected = masked / length * (masked - 1) / (length - 1)
+        assert abs(share - expected) < 4 * (expected / (rows * (length - distance))) ** 0.5
+
+
+def test_the_choice_of_what_is_shown_is_independent_of_the_position():
+    token_ids, keys = rows_of(8000, 64)
+    masking = mask(token_ids, keys)
+    shown = masking.generator_ids_BT.gather(1, masking.positions_BM) == MASK_ID
+    counts = torch.bincount(masking.positions_BM[shown], minlength=64).double()
+    totals = torch.bincount(masking.positions_BM.flatten(), minlength=64).double()
+    chi_square = ((counts - 0.85 * totals) ** 2 / (totals * 0.85 * 0.15)).sum()
+    assert 1e-4 < stats.chi2.sf(float(chi_square), 64) < 1 - 1e-4
+
+
+def test_a_row_is_masked_alike_alone_and_in_a_batch():
+    token_ids, keys = rows_of(40, 64)
+    token_ids[:, ::7] = 3
+    together = mask(token_ids, keys)
+    for row in (0, 13, 39):
+        alone = mask(token_ids[row : row + 1], keys[row : row + 1])
+        assert torch.equal(alone.positions_BM[0], together.positions_BM[row])
+        assert torch.equal(alone.generator_ids_BT[0], together.generator_ids_BT[row])
+
+
+def test_the_same_key_gives_the_same_mask_and_another_visit_another():
+    token_ids, keys = rows_of(200, 64)
+    first, again, other = mask(token_ids, keys), mask(token_ids, keys), mask(token_ids, keys ^ (1 << 50))
+    assert torch.equal(first.generator_ids_BT, again.generator_ids_BT)
+    assert (first.positions_BM == other.positions_BM).all(1).sum() == 0
+
+
+def test_inputs_are_not_written_to():
+    token_ids, keys = rows_of(4, 32)
+    before = token_ids.clone()
+    mask(token_ids, keys)
+    assert torch.equal(token_ids, before)
+
+
+@pytest.mark.parametrize(
+    ("fraction", "length", "expected"), [(0.15, 128, 19), (0.15, 512, 77), (0.25, 512, 128), (0.15, 8, 1), (0.01, 8, 1)]
+)
+def test_positions_in_a_full_row_are_those_of_the_paper(fraction, length, expected):
+    assert ObjectiveConfig(mask_fraction=fraction).masked_per_row(length) == expected
+
+
+def test_an_unknown_token_may_be_selected() -> None:
+    token_ids = torch.full((4, 16), UNK)
+    masking = select_and_mask(token_ids, torch.arange(4), 3, 1.0, MASK_ID, NEVER_SELECTED)
+    assert (masking.weights_BM == 1).all()
+    assert (masking.generator_ids_BT == MASK_ID).sum() == 4 * 3

@@ -1,0 +1,88 @@
+"""Sums: the area under the curve agrees with scikit-learn, and micro-batches add up."""
+
+import pytest
+import torch
+from sklearn.metrics import precision_score, recall_score, roc_auc_score
+
+from model.statistics import FIELDS, Statistics, count_ordered_pairs
+
+
+@pytest.mark.parametrize("levels", [1, 2, 5, 10_000])
+@pytest.mark.parametrize("share", [0.02, 0.5, 0.9])
+def test_ordered_pairs_give_the_area_under_the_curve_with_ties(levels, share):
+    draw = torch.Generator().manual_seed(levels)
+    positive = torch.rand(800, generator=draw) < share
+    noise = torch.rand(800, generator=draw)
+    scores = ((noise + 0.3 * positive) * levels).floor() - levels / 2
+    ordered, pairs = count_ordered_pairs(scores, positive)
+    assert pairs == positive.sum() * (~positive).sum()
+    assert float(ordered / pairs) == pytest.approx(roc_auc_score(positive, scores), abs=1e-12)
+
+
+@pytest.mark.parametrize("positive", [torch.ones(5, dtype=torch.bool), torch.zeros(5, dtype=torch.bool)])
+def test_one_class_alone_has_no_pairs(positive):
+    assert [float(x) for x in count_ordered_pairs(torch.arange(5.0), positive)] == [0.0, 0.0]
+
+
+def test_pairs_are_counted_exactly_beyond_the_range_of_float32():
+    scores = torch.arange(20_000.0)
+    positive = torch.arange(20_000) >= 10_000
+    assert [float(x) for x in count_ordered_pairs(scores, positive)] == [1e8, 1e8]
+
+
+def collect(seed: int, weight: float = 1.0) -> tuple[Statistics, dict[str, torch.Tensor]]:
+    draw = torch.Generator().manual_seed(seed)
+    arrays = {
+        "nll_N": torch.rand(12, generator=draw),
+        "logits_NV": torch.rand(12, 4, generator=draw),
+        "original_N": torch.randint(0, 4, (12,), generator=draw),
+        "weights_N": (torch.arange(12) < 10).float() * weight,
+        "hidden_N": (torch.rand(12, generator=draw) < 0.85).float(),
+        "bce_BT": torch.rand(3, 20, generator=draw),
+        "rtd_logits_BT": torch.randn(3, 20, generator=draw),
+        "is_replaced_BT": torch.rand(3, 20, generator=draw) < 0.3,
+    }
+    return Statistics.collect(**arrays, weight=weight), arrays
+
+
+def test_metrics_are_what_their_names_say():
+    statistics, arrays = collect(1)
+    metrics = statistics.metrics(1.0, 50.0)
+    counted = slice(0, 10)
+    nll, hidden = arrays["nll_N"][counted], arrays["hidden_N"][counted].bool()
+    labels, scores = arrays["is_replaced_BT"].flatten(), arrays["rtd_logits_BT"].flatten()
+    guesses = scores > 0
+    correct = arrays["logits_NV"].argmax(1) == arrays["original_N"]
+    expected = {
+        "train/generator_mlm_loss": nll.mean(),
+        "train/generator_mask_token_loss": nll[hidden].mean(),
+        "train/discriminator_rtd_loss": arrays["bce_BT"].mean(),
+        "train/total_loss": nll.mean() + 50 * arrays["bce_BT"].mean(),
+        "train/generator_accuracy": correct[counted].float().mean(),
+        "train/discriminator_accuracy": (guesses == labels).float().mean(),
+        "train/discriminator_auc": roc_auc_score(labels, scores),
+        "train/discriminator_precision": precision_score(labels, guesses),
+        "train/discriminator_recall": recall_score(labels, guesses),
+        "train/replaced_fraction": labels.float().mean(),
+    }
+    assert metrics == pytest.approx({name: float(value) for name, value in expected.items()}, rel=1e-6)
+
+
+def test_sums_of_micro_batches_add_up():
+    (first, a), (second, b) = collect(1), collect(2)
+    total = Statistics.zeros() + first + second
+    assert torch.equal(total.sums, first.sums + second.sums)
+    metrics = total.metrics(1.0, 1.0)
+    assert metrics["train/discriminator_rtd_loss"] == pytest.approx(
+        float(torch.cat([a["bce_BT"], b["bce_BT"]]).mean()), rel=1e-6
+    )
+
+
+def test_weight_zero_counts_nothing_and_nothing_counted_gives_zeros():
+    assert not collect(1, weight=0.0)[0].sums.any()
+    assert set(Statistics.zeros().metrics(1.0, 50.0).values()) == {0.0}
+
+
+def test_there_is_one_sum_for_each_field():
+    assert collect(1)[0].sums.shape == (len(FIELDS),)
+    assert collect(1)[0].sums.dtype == torch.float64

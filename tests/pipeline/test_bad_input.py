@@ -1,0 +1,202 @@
+"""What users, disks and clusters get wrong: the exit code, one message with value, constraint and remedy, no loss."""
+
+import gzip
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Electra, clean_environment, command, read_journal
+
+
+def corpora(path: Path) -> str:
+    return f'data.corpora=[{{"name": "c", "path": "{path}"}}]'
+
+
+def test_missing_config(electra: Electra) -> None:
+    assert "no such config file" in electra("run", "absent.yaml", code=78).stderr
+
+
+def test_unknown_command_and_option(electra: Electra) -> None:
+    electra("rnu", code=64)
+    electra("run", "--plam", "x.yaml", code=64)
+
+
+def test_missing_corpus(config_path: Path, electra: Electra) -> None:
+    refused = electra("run", config_path, corpora(Path("/nowhere/text")), code=78).stderr
+    assert "no file at '/nowhere/text'" in refused
+
+
+def test_empty_corpus(config_path: Path, electra: Electra, tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").touch()
+    assert "is empty" in electra("run", config_path, corpora(tmp_path / "empty.txt"), code=65).stderr
+
+
+def test_corpus_that_is_not_utf_8(config_path: Path, electra: Electra, tmp_path: Path) -> None:
+    (tmp_path / "latin.txt").write_bytes("un café\n".encode("latin-1") * 50)
+    refused = electra("run", config_path, corpora(tmp_path / "latin.txt"), code=65).stderr
+    assert "latin.txt: byte 6 is not UTF-8" in refused
+    assert "iconv" in refused
+
+
+def test_truncated_gzip(config_path: Path, electra: Electra, corpus_path: Path, tmp_path: Path) -> None:
+    content = gzip.compress(corpus_path.read_bytes())
+    (tmp_path / "cut.txt.gz").write_bytes(content[: len(content) // 2])
+    refused = electra("run", config_path, corpora(tmp_path / "cut.txt.gz"), code=65).stderr
+    assert "cut.txt.gz: cannot be decompressed to its end" in refused
+
+
+def test_vocabulary_larger_than_the_text_can_train(config_path: Path, electra: Electra) -> None:
+    refused = electra("run", config_path, "tokenizer.vocab_size=60000", code=78).stderr
+    assert "tokenizer.vocab_size=60000: this text can train at most" in refused
+
+
+def test_shards_of_another_tokenizer(config_path: Path, electra: Electra) -> None:
+    out = config_path.parent / "out"
+    electra("tokenize", config_path)
+    (tokenizer,) = out.glob("tokenizers/*/tokenizer.model")
+    electra("tokenize", config_path, "run.name=second", "tokenizer.vocab_size=200")
+    other = next(path for path in out.glob("tokenizers/*/tokenizer.model") if path != tokenizer)
+    refused = electra(
+        "tokenize", config_path, "run.name=third", f"tokenizer.path={other}", f"data.shards_dir={out / 'shards'}",
+        "data.held_out_fraction=0.1", code=78,
+    ).stderr  # fmt: skip
+    assert "was written with another tokenizer" in refused
+    tokenizer.write_bytes(other.read_bytes())
+    assert "written with another tokenizer" in electra("pretrain", config_path, "--check", code=78).stderr
+
+
+def test_tokenizer_that_is_none(config_path: Path, electra: Electra) -> None:
+    assert "no file" in electra("run", config_path, "tokenizer.path=/nowhere.model", code=78).stderr
+    assert "not a sentencepiece model" in electra("run", config_path, f"tokenizer.path={config_path}", code=65).stderr
+
+
+def test_shard_cut_short(config_path: Path, electra: Electra) -> None:
+    electra("tokenize", config_path)
+    (shard,) = config_path.parent.glob("out/shards/*/shard_00000.bin")
+    os.truncate(shard, shard.stat().st_size - 100)
+    for arguments in (["pretrain", config_path, "--check"], ["pretrain", config_path]):
+        assert "the manifest says" in electra(*arguments, code=65).stderr
+
+
+def test_flipped_byte_in_a_shard_is_found_by_verify(config_path: Path, electra: Electra) -> None:
+    electra("tokenize", config_path)
+    (shard,) = config_path.parent.glob("out/shards/*/shard_00000.bin")
+    assert "shards agree" in electra("shards", "verify", shard.parent).stdout
+    content = bytearray(shard.read_bytes())
+    content[50] ^= 1
+    shard.write_bytes(content)
+    assert "content differs" in electra("shards", "verify", shard.parent, code=65).stderr
+
+
+def test_batch_that_does_not_divide(config_path: Path, electra: Electra) -> None:
+    assert "is not a multiple of" in electra("run", config_path, "train.micro_batch_size=3", code=78).stderr
+
+
+def test_too_few_rows_for_one_batch(config_path: Path, electra: Electra) -> None:
+    electra("tokenize", config_path)
+    big = ["train.global_batch_size=100000", "train.micro_batch_size=auto"]
+    assert "too few rows" in electra("pretrain", config_path, *big, "--check", code=78).stderr
+
+
+def test_no_permission_in_run_dir(config_path: Path, electra: Electra, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    refused = electra("run", config_path, f"run.dir={tmp_path / 'file' / 'runs'}", code=1).stderr
+    assert "Not a directory" in refused
+    assert "check the path, its permissions and the free space" in refused
+    if os.geteuid() != 0:  # root may write anywhere
+        closed = tmp_path / "closed"
+        closed.mkdir(mode=0o500)
+        assert "Permission denied" in electra("run", config_path, f"run.dir={closed / 'runs'}", code=1).stderr
+
+
+def test_file_system_that_fills_up_while_saving(config_path: Path, electra: Electra) -> None:
+    electra("run", config_path, "train.steps=5")
+    checkpoints = config_path.parent / "out/runs/tiny/pretrain/checkpoints"
+    limited = [
+        "bash",
+        "-c",
+        'ulimit -f 60; exec "$@"',
+        "bash",
+        *command("run", config_path, "run.name=full", "train.steps=5"),
+    ]
+    done = subprocess.run(limited, env=clean_environment(), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert "checkpoint of step 5: " in done.stderr
+    assert "earlier checkpoints are intact" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert [path.name for path in checkpoints.glob("step_*")] == ["step_00000005"]
+    assert not list((config_path.parent / "out/runs/full/pretrain/checkpoints").glob("step_*"))
+    electra("run", config_path, "run.name=full", "train.steps=5")  # with space, the same command goes on
+    assert len(read_journal(config_path.parent / "out", "full")) == 5
+
+
+def test_too_little_space_is_known_before_the_first_step(config_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pipeline import pretrain
+    from pipeline.config_file import load_config
+    from pipeline.errors import ConfigError
+    from pipeline.plan import make_plan
+
+    monkeypatch.setattr(pretrain, "free_bytes", lambda path: 1000)
+    with pytest.raises(ConfigError, match=r"0\.00 GiB free, but two checkpoints need .* set run\.dir"):
+        pretrain._check_disk(config_path.parent, make_plan(load_config(config_path), 1))
+
+
+def test_missing_task_data_and_unknown_task(config_path: Path, electra: Electra, write_task) -> None:
+    task = write_task()
+    (task.parent / "first_word_dev.jsonl").unlink()
+    electra("run", config_path, "train.steps=2", "--until", "pretrain")
+    refused = electra("evaluate", config_path, "train.steps=2", f'evaluate.tasks=["{task}"]', code=78).stderr
+    assert "first_word_dev.jsonl, which is not there" in refused
+    assert "no task 'nonsense'" in electra(
+        "evaluate", config_path, "train.steps=2", 'evaluate.tasks=["nonsense"]', code=78
+    ).stderr  # fmt: skip
+    row = {"id": "x", "text": "bada", "label": "c"}
+    (task.parent / "first_word_dev.jsonl").write_text(json.dumps(row) + "\n")
+    refused = electra("evaluate", config_path, "train.steps=2", f'evaluate.tasks=["{task}"]', code=78).stderr
+    assert "only the dev file has c" in refused
+    (task.parent / "first_word_dev.jsonl").write_text('{"id": "x"}\n')
+    refused = electra("evaluate", config_path, "train.steps=2", f'evaluate.tasks=["{task}"]', code=65).stderr
+    assert "example 0 lacks one of text, label" in refused
+
+
+def test_fp16_on_cpu(config_path: Path, electra: Electra) -> None:
+    refused = electra("run", config_path, "train.precision=fp16", code=78).stderr
+    assert "fp16 needs a GPU" in refused
+    assert "use bf16 or fp32" in refused
+
+
+def test_gpu_that_is_not_there(config_path: Path, electra: Electra) -> None:
+    electra("tokenize", config_path)
+    refused = electra("pretrain", config_path, "launch.device=cuda", "--check", code=78, CUDA_VISIBLE_DEVICES="").stderr
+    assert "finds no usable GPU" in refused
+    given = electra(
+        "pretrain",
+        config_path,
+        "launch.device=auto",
+        "--check",
+        code=78,
+        CUDA_VISIBLE_DEVICES="",
+        SLURM_GPUS_ON_NODE="8",
+    ).stderr
+    assert "the job was given GPUs (8)" in given
+
+
+def test_nan_is_skipped_counted_and_ends_in_93(config_path: Path, electra: Electra) -> None:
+    # A learning rate that throws the weights out of range: every later step has inf or NaN.
+    arguments = ["run", config_path, "optimizer.lr=1e38", "train.steps=30", "train.max_skipped_steps=4",
+                 "train.checkpoint_every=1", "optimizer.warmup_steps=0"]  # fmt: skip
+    ended = electra(*arguments, code=93).stderr
+    assert "5 steps with NaN or inf, more than train.max_skipped_steps=4" in ended
+    assert "the update is skipped (1 so far)" in ended
+
+
+def test_text_lost_in_short_shards_is_said(config_path: Path, electra: Electra, tmp_path: Path) -> None:
+    folder = tmp_path / "many"
+    folder.mkdir()
+    for number in range(60):
+        (folder / f"{number:02d}.txt").write_text(f"a few words in file number {number} and some more of them " * 5)
+    arguments = [corpora(folder), "tokenizer.vocab_size=60", "data.held_out_fraction=0", "train.steps=1"]
+    assert "% of the tokens lie in rows" in electra("run", config_path, *arguments).stderr

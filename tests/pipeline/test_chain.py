@@ -1,0 +1,131 @@
+"""What a command would do and why; refused changes and the three ways on."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Electra, read_journal
+
+STEPS = ["train.steps=4", "train.checkpoint_every=2"]
+
+
+def plan_of(electra: Electra, *arguments: object) -> dict[str, str]:
+    lines = electra("run", *arguments, "--plan").stdout.splitlines()
+    return {line.split()[0]: line.split(maxsplit=1)[1] for line in lines}
+
+
+@pytest.fixture(scope="module")
+def done(shared_config: Path, electra: Electra) -> Path:
+    """A finished run named `chain`."""
+    electra("run", shared_config, "run.name=chain", *STEPS)
+    return shared_config
+
+
+def test_plan_says_what_and_why_and_changes_nothing(config_path: Path, electra: Electra) -> None:
+    assert plan_of(electra, config_path) == {
+        "tokenize": "run     never started under this name", "pretrain": "wait    after tokenize",
+    }  # fmt: skip
+    assert not (config_path.parent / "out" / "runs").exists()
+
+
+def test_finished_stages_are_up_to_date(done: Path, electra: Electra) -> None:
+    again = electra("run", done, "run.name=chain", *STEPS).stderr
+    assert "tokenize: up to date" in again
+    assert "pretrain: up to date, at step 4" in again
+    assert "training from step" not in again
+
+
+def test_another_name_uses_the_same_shards(done: Path, electra: Electra) -> None:
+    said = electra("tokenize", done, "run.name=other").stderr
+    assert "tokens are there already" in said
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("optimizer.lr=1e-3", "optimizer.lr: 0.0005 -> 0.001"),
+        ("model.hidden_layers=1", "model.hidden_layers: 2 -> 1"),
+        ("tokenizer.vocab_size=200", "tokenizer.vocab_size: 300 -> 200"),
+        ("run.seed=2", "run.seed: 1 -> 2"),
+    ],
+)
+def test_changed_science_is_refused_with_the_ways_on(done: Path, electra: Electra, override: str, named: str) -> None:
+    before = read_journal(done.parent / "out", "chain")
+    refused = electra("run", done, "run.name=chain", *STEPS, override, code=78).stderr
+    for text in (named, "nothing was touched", "run.name=NEW", "run.fork_from=chain@STEP", "--force"):
+        assert text in refused
+    assert read_journal(done.parent / "out", "chain") == before
+    assert "up to date" in electra("run", done, "run.name=chain", *STEPS).stderr
+
+
+def test_changed_text_is_refused(config_path: Path, corpus_path: Path, electra: Electra, tmp_path: Path) -> None:
+    text = tmp_path / "own.txt"
+    text.write_bytes(corpus_path.read_bytes())
+    corpora = f'data.corpora=[{{"name": "own", "path": "{text}"}}]'
+    electra("run", config_path, corpora, *STEPS)
+    text.write_bytes(corpus_path.read_bytes() + b"\nOne more.\n")
+    assert "files.own" in electra("run", config_path, corpora, *STEPS, code=78).stderr
+
+
+def test_execution_keys_change_nothing(done: Path, electra: Electra) -> None:
+    said = electra("run", done, "run.name=chain", *STEPS, "train.log_every=3", "data.num_workers=2").stderr
+    assert "pretrain: up to date" in said
+
+
+def test_force_moves_old_outputs_aside(done: Path, electra: Electra) -> None:
+    electra("run", done, "run.name=forced", *STEPS)
+    electra("run", done, "run.name=forced", *STEPS, "optimizer.lr=1e-3", "--force", "pretrain")
+    folder = done.parent / "out" / "runs" / "forced"
+    rates = [[entry["train/learning_rate"] for entry in map(json.loads, path.read_text().splitlines())]
+             for path in (folder / "pretrain.aside-1/journal.jsonl", folder / "pretrain/journal.jsonl")]  # fmt: skip
+    assert rates[1] == [2 * rate for rate in rates[0]]
+
+
+def test_fork_starts_from_the_parents_checkpoint(done: Path, electra: Electra) -> None:
+    fork = ["run.name=fork", "run.fork_from=chain@2", "optimizer.lr=1e-4"]
+    said = electra("run", done, *fork, *STEPS).stderr
+    assert "restored step 2 from" in said
+    parent, child = (read_journal(done.parent / "out", name) for name in ("chain", "fork"))
+    assert [entry["step"] for entry in child] == [1, 2, 3, 4]
+    assert child[:2] == parent[:2]
+    assert child[3]["train/learning_rate"] == pytest.approx(parent[3]["train/learning_rate"] / 5)
+    record = json.loads((done.parent / "out/runs/fork/pretrain/stage.json").read_text())
+    assert record["inputs"]["science"]["run.fork_from"] == "chain@2"
+
+
+def test_fork_from_a_step_without_checkpoint(done: Path, electra: Electra) -> None:
+    refused = electra("run", done, "run.name=fork3", "run.fork_from=chain@3", *STEPS, code=78).stderr
+    assert "no checkpoint of step 3; there are: 2, 4" in refused
+
+
+def test_single_stages_in_separate_commands(config_path: Path, electra: Electra) -> None:
+    assert "no finished tokenize stage" in electra("pretrain", config_path, "--check", code=78).stderr
+    assert "pretrain cannot start" in electra("pretrain", config_path, *STEPS, code=78).stderr
+    electra("tokenize", config_path)
+    electra("pretrain", config_path, "--check")
+    electra("pretrain", config_path, *STEPS)
+    status = json.loads(electra("status", config_path, *STEPS, "--json").stdout)
+    assert status["stages"]["pretrain"]["state"] == "done"
+    assert status["stages"]["pretrain"]["step"] == 4
+    assert status["rerun"]["pretrain"] == "reuse: up to date, at step 4"
+
+
+def test_two_commands_on_one_run(done: Path, electra: Electra) -> None:
+    from pipeline.config_file import load_config
+    from pipeline.stages import run_lock
+
+    with run_lock(load_config(done, ("run.name=chain",))):
+        assert "in use by another process" in electra("run", done, "run.name=chain", *STEPS, code=78).stderr
+
+
+def test_finished_shards_serve_when_the_text_is_gone(config_path: Path, electra: Electra, tmp_path: Path) -> None:
+    text = tmp_path / "gone.txt"
+    text.write_text((config_path.parent / "tiny.yaml").read_text() * 40)
+    text.write_text("\n\n".join(f"line {i} some words here and there {i * 7}" for i in range(3000)))
+    corpora = f'data.corpora=[{{"name": "gone", "path": "{text}"}}]'
+    electra("tokenize", config_path, corpora, "tokenizer.vocab_size=60")
+    text.unlink()
+    said = electra("run", config_path, corpora, "tokenizer.vocab_size=60", *STEPS).stderr
+    assert "the text was not compared" in said
+    assert "pretrain: done" in said

@@ -1,0 +1,195 @@
+"""Presets, YAML, overrides, errors, keys and the plan."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipeline.config import Config
+from pipeline.config_file import dump_yaml, known_keys, load_config
+from pipeline.errors import ConfigError, UsageError
+from pipeline.keys import EXECUTION, NUMERICS, SCIENCE, science_of
+from pipeline.plan import make_plan
+from tests.conftest import REPOSITORY, Electra
+
+PRESETS = sorted((REPOSITORY / "configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("world_size", [1, 3, 8])
+def test_preset_parses_and_plans(path: Path, world_size: int) -> None:
+    plan = make_plan(load_config(path), world_size)
+    rows = plan.micro_batch_rows * (plan.accumulation_steps * world_size - plan.idle_micro_batches_per_step)
+    assert rows == plan.global_batch_rows
+    assert plan.flops_total > 0
+
+
+@pytest.mark.parametrize("name", ["large", "large_1750k"])
+@pytest.mark.parametrize("world_size", [8, 16, 64, 128])
+def test_large_fills_every_device(name: str, world_size: int) -> None:
+    plan = make_plan(load_config(REPOSITORY / "configs" / f"{name}.yaml"), world_size)
+    assert plan.micro_batch_rows * plan.accumulation_steps * world_size == 2048
+    assert plan.idle_micro_batches_per_step == 0
+    assert plan.micro_batch_rows * 512 <= 32768
+    assert plan.tokens_per_step == 2**20
+
+
+def test_large_numbers_are_the_papers() -> None:
+    config = load_config(REPOSITORY / "configs" / "large.yaml")
+    plan = make_plan(config, 64)
+    assert f"{plan.parameters_trained / 1e6:.1f}" == "354.7"
+    assert f"{plan.parameters_discriminator / 1e6:.1f}" == "335.1"
+    assert f"{plan.flops_per_step:.3e}" == "2.275e+15"
+    assert f"{plan.total_tokens:.2e}" == "4.19e+11"
+    weights = {corpus.name: corpus.weight for corpus in config.data.corpora}
+    assert weights == {
+        "wikipedia": 2.78, "bookscorpus": 1.09, "giga5": 4.75, "clueweb": 4.30, "common_crawl": 19.97,
+    }  # fmt: skip
+
+
+def test_published_hyperparameters() -> None:
+    # (layers, hidden, heads, ffn, embedding, generator hidden, mask, length, batch, lr, steps), paper table 6.
+    published = {
+        "small": (12, 256, 4, 1024, 128, 64, 0.15, 128, 128, 5e-4, 1_000_000),
+        "small_plus_plus": (12, 256, 4, 1024, 128, 256, 0.15, 512, 128, 5e-4, 4_000_000),
+        "base": (12, 768, 12, 3072, 768, 256, 0.15, 512, 256, 2e-4, 766_000),
+        "large": (24, 1024, 16, 4096, 1024, 256, 0.25, 512, 2048, 2e-4, 400_000),
+        "large_1750k": (24, 1024, 16, 4096, 1024, 256, 0.25, 512, 2048, 2e-4, 1_750_000),
+    }
+    for name, expected in published.items():
+        config = load_config(REPOSITORY / "configs" / f"{name}.yaml")
+        model = config.model
+        assert expected == (
+            model.hidden_layers, model.hidden_size, model.attention_heads, model.feed_forward_size,
+            model.embedding_size, model.generator.hidden_size, config.objective.mask_fraction,
+            config.data.sequence_length, config.train.global_batch_size, config.optimizer.lr, config.train.steps,
+        )  # fmt: skip
+        assert config.optimizer.warmup_steps == 10_000
+        assert (config.optimizer.eps, config.optimizer.bias_correction) == (1e-6, False)
+
+
+def test_reading_back_a_resolved_config_gives_the_same(config_path: Path, tmp_path: Path) -> None:
+    config = load_config(config_path, ("optimizer.lr=5e-4",))
+    resolved = tmp_path / "resolved.yaml"
+    resolved.write_text(dump_yaml(config))
+    assert load_config(resolved) == config
+
+
+def test_yaml_is_version_1_2(config_path: Path) -> None:
+    text = config_path.read_text().replace("lr: 5e-4", "lr: 3e-4").replace("name: tiny", "name: 'no'")
+    config_path.write_text(text)
+    config = load_config(config_path)
+    assert config.optimizer.lr == 3e-4
+    assert config.run.name == "no"
+    assert load_config(config_path, ("tracking.experiment=12:30",)).tracking.experiment == "12:30"
+
+
+def test_repeated_key_is_an_error(config_path: Path) -> None:
+    config_path.write_text(config_path.read_text() + "\ntracking: {uri: auto}\n")
+    with pytest.raises(ConfigError, match=r"tiny\.yaml: not valid YAML: line \d+: .*duplicate key"):
+        load_config(config_path)
+
+
+def test_unknown_key_names_file_line_and_nearest(config_path: Path) -> None:
+    config_path.write_text(config_path.read_text().replace("  log_every: 1", "  log_evry: 1"))
+    line = config_path.read_text().splitlines().index("  log_evry: 1") + 1
+    with pytest.raises(ConfigError, match=rf"tiny\.yaml:{line}: unknown key train\.log_evry; .* train\.log_every"):
+        load_config(config_path)
+
+
+def test_unknown_override_names_the_argument(config_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"argument 'train\.stesp=3': unknown key train\.stesp; .* train\.steps"):
+        load_config(config_path, ("train.stesp=3",))
+    with pytest.raises(ConfigError, match=r"unknown key trian"):
+        load_config(config_path, ("trian.steps=3",))
+
+
+def test_wrong_value_names_place_value_and_constraint(config_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"argument 'train\.steps=0': train\.steps=0: .*greater than or equal to 1"):
+        load_config(config_path, ("train.steps=0",))
+    with pytest.raises(ConfigError, match=r"train\.precision='half': .*'fp32', 'bf16' or 'fp16'"):
+        load_config(config_path, ("train.precision=half",))
+
+
+def test_batch_that_does_not_divide(config_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"global_batch_size=8 is not a multiple of train\.micro_batch_size=3"):
+        load_config(config_path, ("train.micro_batch_size=3",))
+
+
+def test_override_without_equals_sign_is_wrong_usage(config_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"'train\.steps': an override is section\.key=value"):
+        load_config(config_path, ("train.steps",))
+
+
+def test_paths_resolve_against_where_they_stand(config_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config_path.write_text(config_path.read_text().replace(f"dir: {config_path.parent / 'out'}", "dir: here"))
+    assert load_config(config_path).run.dir == config_path.parent / "here"
+    monkeypatch.chdir("/tmp")
+    assert load_config(config_path, ("run.dir=there",)).run.dir == Path("/tmp/there")
+    corpora = '[{"name": "x", "path": "text/*.txt"}]'
+    config = load_config(config_path, (f"data.corpora={corpora}",))
+    assert config.data.corpora[0].path == "/tmp/text/*.txt"
+
+
+def test_size_sets_published_values_and_a_file_only_the_difference(config_path: Path) -> None:
+    config_path.write_text(config_path.read_text().split("model:")[0] + "model: {size: base, hidden_layers: 3}\n"
+                           + "train: {steps: 1, global_batch_size: 1}\noptimizer: {lr: 1e-3}\n")  # fmt: skip
+    model = load_config(config_path).model
+    assert (model.hidden_layers, model.hidden_size, model.generator.hidden_size) == (3, 768, 256)
+
+
+def test_every_key_stands_in_exactly_one_list() -> None:
+    listed = [key for keys in (*SCIENCE.values(), NUMERICS, EXECUTION) for key in keys]
+    assert sorted(listed) == sorted(known_keys())
+
+
+def test_every_key_has_a_description() -> None:
+    def check(schema: type, prefix: str = "") -> None:
+        for name, field in schema.model_fields.items():  # type: ignore[attr-defined]
+            kind = field.annotation
+            if isinstance(kind, type) and hasattr(kind, "model_fields"):
+                check(kind, f"{prefix}{name}.")
+            else:
+                assert field.description, f"{prefix}{name}"
+
+    check(Config)
+
+
+def test_paths_and_names_of_corpora_are_not_science(config_path: Path) -> None:
+    config = load_config(config_path)
+    moved = load_config(config_path, ('data.corpora=[{"name": "made_up", "path": "/elsewhere"}]',))
+    assert science_of(config, "tokenize") == science_of(moved, "tokenize")
+    weighted = load_config(config_path, ('data.corpora=[{"name": "made_up", "path": "/elsewhere", "weight": 2}]',))
+    assert science_of(config, "tokenize") == science_of(weighted, "tokenize")
+    assert science_of(config, "pretrain") != science_of(weighted, "pretrain")
+
+
+def test_resumed_run_keeps_its_automatic_micro_batch(config_path: Path) -> None:
+    config = load_config(config_path, ("train.micro_batch_size=auto",))
+    assert make_plan(config, 1).micro_batch_rows == 8
+    assert make_plan(config, 4).micro_batch_rows == 2
+    assert make_plan(config, 4, micro_batch_rows=8).micro_batch_rows == 8
+
+
+@pytest.mark.parametrize("module", ["pipeline.config", "pipeline.config_file", "pipeline.plan", "pipeline.chain"])
+def test_light_modules_import_nothing_heavy(module: str) -> None:
+    heavy = {"torch", "deepspeed", "mlflow", "transformers", "datasets"}
+    code = f"import sys, {module}; print(sorted({heavy} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_help_imports_nothing_but_click() -> None:
+    code = "import sys\nfrom pipeline.cli import main\nsys.argv=['electra','--help']\n" \
+           "try: main()\nexcept SystemExit: pass\n" \
+           "print({'torch','pydantic','numpy','sentencepiece'} & set(sys.modules))"  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    assert "pretrain" in done.stdout
+    assert done.stdout.strip().endswith("set()")
+
+
+def test_config_command_prints_the_arithmetic(electra: Electra) -> None:
+    shown = electra("config", REPOSITORY / "configs" / "large.yaml", "--world-size", 64).stdout
+    for text in ("354.7M", "335.1M", "2.275e+15", "64 micro-batches of 32 rows", "disk for checkpoints"):
+        assert text in shown
