@@ -110,7 +110,7 @@ def run_pretrain(config: Config, record: StageRecord, process: Process) -> None:
                 f"{loader.num_rows:,}")  # fmt: skip
     if loader.share_in_rows < _LEAST_SHARE_IN_ROWS:
         logger.warning(
-            "only %.0f %% of the tokens lie in rows: shards of many small files are shorter than two rows of %d tokens; "
+            "only %.0f %% of the tokens lie in rows: shards of small files are shorter than two rows of %d tokens; "
             "join the files, or raise data.task_bytes", 100 * loader.share_in_rows, plan.sequence_length_tokens,
         )  # fmt: skip
     logger.info("kernels: %s (%s)", kernels.names, kernels.reason)
