@@ -60,6 +60,7 @@ def stub_checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     copy_scripts(root)
     (root / "pipeline").mkdir()
     (root / "configs").mkdir()
+    (root / "pipeline" / "__init__.py").touch()  # without it an installed `pipeline` would win
     shutil.copy(Path(__file__).parent / "stub_pipeline.py", root / "pipeline" / "__main__.py")
     for size in ("small", "base", "large"):
         (root / "configs" / f"{size}.yaml").touch()
