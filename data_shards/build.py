@@ -6,20 +6,24 @@ look. A task writes its shards, then its completion record; a killed run loses
 the tasks in flight and nothing else.
 """
 
+import ctypes
+import fcntl
 import hashlib
 import json
 import os
+import signal
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from data_shards.corpus import Corpus, Task, corpus_files, digest_file, plan_tasks, read_documents
 from data_shards.errors import DamagedDataError
 from data_shards.shards import ShardWriter, with_suffix
-from data_shards.store import Manifest, ShardRecord, write_json, write_manifest
+from data_shards.store import MANIFEST, Manifest, ShardRecord, read_manifest, write_json, write_manifest
 from data_shards.tokenizer import MODEL_NAME, Tokenizer, TokenizerSettings, train
 
 # Raised when the same inputs would give other bytes.
@@ -27,6 +31,7 @@ TOKENIZER_CODE_VERSION = 1
 SHARDS_CODE_VERSION = 1
 
 _ENCODE_CHARACTERS = 1 << 20
+_PR_SET_PDEATHSIG = 1
 _HELD_OUT_SALT, _SAMPLE_SALT = b"held_out", b"sample"
 
 
@@ -156,6 +161,31 @@ def build_folder(
         on_task: Called with (tasks done, tasks in all, result) after each task.
     """
     (job.folder / "tasks").mkdir(parents=True, exist_ok=True)
+    with open(job.folder.with_name(f".{job.folder.name}.lock"), "w") as lock:
+        if _waited_for(lock) and (job.folder / MANIFEST).exists():  # another run has built it
+            return read_manifest(job.folder)
+        return _build_locked(job, inputs, task_bytes, num_workers, on_task)
+
+
+def _waited_for(lock: IO[str]) -> bool:
+    """Takes the lock; returns whether another process had it."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return False
+    except BlockingIOError:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return True
+    except OSError:  # no locks on this file system: one build of a folder at a time, by agreement
+        return False
+
+
+def _build_locked(
+    job: FolderJob,
+    inputs: dict[str, Any],
+    task_bytes: int,
+    num_workers: int,
+    on_task: Callable[[int, int, TaskResult], None],
+) -> Manifest:
     tasks = plan_tasks(job.corpus, task_bytes)
     results = {task.index: result for task in tasks if (result := _finished(job, task))}
     missing = [task for task in tasks if task.index not in results]
@@ -186,7 +216,8 @@ def _run_tasks(job: FolderJob, tasks: list[Task], num_workers: int) -> Iterator[
     if num_workers == 1 or len(tasks) < 2:
         yield from (run_task(job, task) for task in tasks)
         return
-    with ProcessPoolExecutor(min(num_workers, len(tasks)), mp_context=get_context("spawn")) as pool:
+    workers = min(num_workers, len(tasks))
+    with ProcessPoolExecutor(workers, get_context("spawn"), initializer=_leave_signals_to_parent) as pool:
         futures = [pool.submit(run_task, job, task) for task in tasks]
         try:
             for future in as_completed(futures):
@@ -194,6 +225,14 @@ def _run_tasks(job: FolderJob, tasks: list[Task], num_workers: int) -> Iterator[
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
+
+
+def _leave_signals_to_parent() -> None:
+    """Slurm and terminals signal every process; a worker finishes its task, and ends with its parent."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def run_task(job: FolderJob, task: Task) -> TaskResult:
@@ -237,13 +276,15 @@ def _finished(job: FolderJob, task: Task) -> TaskResult | None:
     path = _record_path(job, task)
     if not path.exists():
         return None
-    content = json.loads(path.read_text(encoding="utf-8"))
-    if content["key"] != job.key or Task(**content["task"]) != task:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        records = tuple(ShardRecord(**record) for record in content["shards"])
+        result = TaskResult(content["key"], Task(**content["task"]), content["text_bytes"], records)
+    except (ValueError, KeyError, TypeError):  # damaged: the task is done again
         return None
-    records = tuple(ShardRecord(**record) for record in content["shards"])
-    if not all(with_suffix(job.folder / record.name, ".bin").exists() for record in records):
-        return None
-    return TaskResult(job.key, task, content["text_bytes"], records)
+    files = [with_suffix(job.folder / record.name, suffix) for record in records for suffix in (".bin", ".idx")]
+    same = result.key == job.key and result.task == task
+    return result if same and all(path.exists() for path in files) else None
 
 
 def _in_batches(documents: Iterable[str]) -> Iterator[list[str]]:

@@ -20,6 +20,7 @@ from typing import BinaryIO
 
 from data_shards.errors import DamagedDataError, DataSettingError
 
+UNREADABLE = (".zst", ".bz2", ".zip", ".7z", ".lz4", ".tar", ".tgz")
 COMPRESSED = {".gz": gzip.open, ".xz": lzma.open}
 TABULAR = {"parquet": "parquet", "arrow": "arrow"}
 _DECOMPRESSION_ERRORS = (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error)
@@ -55,19 +56,29 @@ class Task:
 
 
 def corpus_files(corpus: Corpus) -> list[str]:
-    """Paths of a corpus in a fixed order; a hub name stands for itself."""
+    """Paths of a corpus in a fixed order; a hub name stands for itself.
+
+    Raises:
+        DataSettingError: No file there, or one in a form that is not read.
+    """
     if corpus.format == "hub":
         return [corpus.path]
     root = Path(corpus.path)
     if root.is_file():
-        return [str(root)]
-    names = root.rglob("*") if root.is_dir() else map(Path, glob.glob(corpus.path, recursive=True))
-    files = sorted(str(name) for name in names if name.is_file() and not name.name.startswith("."))
+        files = [str(root)]
+    else:
+        names = root.rglob("*") if root.is_dir() else map(Path, glob.glob(corpus.path, recursive=True))
+        files = sorted(str(name) for name in names if name.is_file() and not name.name.startswith("."))
     if not files:
         raise DataSettingError(
             f"data.corpora: no file at {corpus.path!r} (corpus {corpus.name!r}); "
             "give an existing file, a folder with files or a glob that matches some"
         )
+    for file in files:
+        if file.endswith(UNREADABLE):
+            raise DataSettingError(
+                f"{file}: files of this kind are not read (corpus {corpus.name!r}); unpack it, or pack it as .gz or .xz"
+            )
     return files
 
 

@@ -5,13 +5,19 @@ setting that does not fit the data.
 """
 
 
-class DamagedDataError(Exception):
+class DataError(Exception):
+    """Ends the program with ``exit_code`` and one message."""
+
+    exit_code = 1
+
+
+class DamagedDataError(DataError):
     """A file is missing bytes, undecodable or not what its manifest says."""
 
     exit_code = 65
 
 
-class DataSettingError(Exception):
+class DataSettingError(DataError):
     """A setting asks for something that the data at hand cannot give."""
 
     exit_code = 78

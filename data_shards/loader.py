@@ -79,7 +79,7 @@ def held_out_rows(folders: list[Path], sequence_length: int, max_rows: int, seed
     batches, keys = [], []
     for number, folder in enumerate(folders):
         stream = TokenStream(folder, sequence_length, seed, split="held_out")
-        rows = np.arange(min(stream.num_rows, max_rows // len(folders)))
+        rows = np.arange(min(stream.num_rows, max(1, max_rows // len(folders))))
         zeros = np.zeros_like(rows)
         batches.append(stream.windows(zeros, rows).astype(np.int32))
         keys.append(row_keys(seed, zeros + number, zeros, rows))

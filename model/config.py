@@ -37,7 +37,7 @@ SIZES: dict[str, dict[str, Any]] = {
 class Section(BaseModel):
     """A frozen part of a configuration; unknown keys are errors."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
 
 
 class ModelConfig(Section):

@@ -171,7 +171,7 @@ class Electra(nn.Module):
         )
 
     def encode(self, token_ids_BT: Tensor, positions_BT: Tensor, token_types_BT: Tensor, packing: Packing) -> Tensor:
-        """The discriminator's encoder, which is what fine-tuning keeps; ``(B, T, H)``."""
+        """The discriminator's hidden states, ``(B, T, H)``; fine-tuning keeps the weights that make them."""
         return self.discriminator(self.embeddings(token_ids_BT, positions_BT, token_types_BT), packing)
 
     def _shows_mask(self, batch: MicroBatch) -> Tensor:

@@ -14,8 +14,8 @@ FIELDS = (
     "masked",               # selected positions
     "generator_nll",        # sum of the negative log-likelihood there
     "generator_correct",
-    "hidden",               # selected positions that show [MASK]
-    "hidden_nll",           # the same sum on those alone
+    "shows_mask",           # selected positions that show [MASK]
+    "shows_mask_nll",       # the same sum on those alone
     "tokens",
     "replaced",             # tokens that differ from the original
     "discriminator_bce",
@@ -36,17 +36,17 @@ class Statistics:
     @classmethod
     @torch.no_grad()
     def collect(
-        cls, nll_N: Tensor, logits_NV: Tensor, original_N: Tensor, weights_N: Tensor, hidden_N: Tensor,
+        cls, nll_N: Tensor, logits_NV: Tensor, original_N: Tensor, weights_N: Tensor, shows_mask_N: Tensor,
         bce_BT: Tensor, rtd_logits_BT: Tensor, is_replaced_BT: Tensor, weight: float,
     ) -> "Statistics":  # fmt: skip
         """Sums of one micro-batch; see ``Electra.forward`` for the arguments."""
         is_correct_N = (logits_NV.argmax(-1) == original_N).float()
-        hidden_N = hidden_N * weights_N
+        shows_mask_N = shows_mask_N * weights_N
         flagged_BT = rtd_logits_BT > 0
         ordered, pairs = count_ordered_pairs(rtd_logits_BT.flatten(), is_replaced_BT.flatten())
         values = [
             weights_N.sum(), (nll_N * weights_N).sum(), (is_correct_N * weights_N).sum(),
-            hidden_N.sum(), (nll_N * hidden_N).sum(),
+            shows_mask_N.sum(), (nll_N * shows_mask_N).sum(),
             weight * torch.ones_like(bce_BT).sum(), weight * is_replaced_BT.sum(), weight * bce_BT.sum(),
             weight * (flagged_BT == is_replaced_BT).sum(), weight * flagged_BT.sum(),
             weight * (flagged_BT & is_replaced_BT).sum(), weight * ordered, weight * pairs,
@@ -69,7 +69,7 @@ class Statistics:
         return {
             "train/total_loss": generator_weight * generator_loss + discriminator_weight * discriminator_loss,
             "train/generator_mlm_loss": generator_loss,
-            "train/generator_mask_token_loss": _ratio(s["hidden_nll"], s["hidden"]),
+            "train/generator_mask_token_loss": _ratio(s["shows_mask_nll"], s["shows_mask"]),
             "train/discriminator_rtd_loss": discriminator_loss,
             "train/generator_accuracy": _ratio(s["generator_correct"], s["masked"]),
             "train/discriminator_accuracy": _ratio(s["discriminator_correct"], s["tokens"]),

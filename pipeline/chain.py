@@ -12,8 +12,8 @@ from pipeline import checkpoint as checkpoints
 from pipeline.config import Config
 from pipeline.distributed import Process, leave_together
 from pipeline.environment import describe_environment
-from pipeline.errors import ConfigError, ElectraError, StoppedEarly
-from pipeline.keys import science_of
+from pipeline.errors import FORESEEN, ConfigError, ElectraError, StoppedEarly
+from pipeline.keys import EVALUATE_SELECTION, science_of
 from pipeline.launch import launch, num_processes, threads_per_process
 from pipeline.log import logger
 from pipeline.stages import (
@@ -31,9 +31,6 @@ from pipeline.stages import (
 from pipeline.tokenize import is_complete, run_tokenize, tokenize_inputs
 
 Action = Literal["reuse", "resume", "run", "wait"]
-
-_EVALUATE_SELECTION = ("evaluate.tasks", "evaluate.seeds", "evaluate.checkpoint")
-"""Keys that choose which units to evaluate; units done under others stay valid."""
 
 
 # How long a process waits for the others before it exits; rank 0 may still be shipping to MLflow.
@@ -56,14 +53,14 @@ class Decision:
     inputs: dict[str, Any]
 
 
-def decide(config: Config, stage: str) -> Decision:
-    """What has to be done for a stage, by its record and its inputs; changes nothing.
+def decide(config: Config, stage: str, keep_digests: bool = True) -> Decision:
+    """What has to be done for a stage, by its record and its inputs; changes nothing but the digest cache.
 
     Raises:
         ConfigError: Science keys changed under a name that has results; names them and the ways on.
     """
     if stage == "tokenize":
-        return _decide_tokenize(config)
+        return _decide_tokenize(config, keep_digests)
     before = STAGES[STAGES.index(stage) - 1]
     upstream = read_record(config, before)
     if upstream is None or upstream.state != "done":
@@ -71,12 +68,12 @@ def decide(config: Config, stage: str) -> Decision:
     return _decide_pretrain(config, upstream) if stage == "pretrain" else _decide_evaluate(config, upstream)
 
 
-def _decide_tokenize(config: Config) -> Decision:
+def _decide_tokenize(config: Config, keep_digests: bool) -> Decision:
     record = read_record(config, "tokenize")
     done = record is not None and record.state == "done" and is_complete(config, record)
     try:
-        inputs = tokenize_inputs(config)
-    except Exception as error:
+        inputs = tokenize_inputs(config, keep_digests)
+    except (OSError, *FORESEEN) as error:
         # Shards outlive the text: when it is gone, or not visible here, finished shards still serve.
         if record and done and record.inputs["science"] == science_of(config, "tokenize"):
             return Decision("tokenize", "reuse", f"up to date; the text was not compared ({error})", record.inputs)
@@ -108,8 +105,9 @@ def _decide_pretrain(config: Config, upstream: StageRecord) -> Decision:
         raise refuse_changed_science(config, changed, "pretrain")
     if changed:
         return Decision("pretrain", "run", f"changed: {'; '.join(changed)}", inputs)
-    if record.state == "done" and steps:
-        return Decision("pretrain", "reuse", f"up to date, at step {steps[-1]:,}", inputs)
+    final_step = record.output.get("checkpoint_step")
+    if record.state == "done" and final_step in steps:
+        return Decision("pretrain", "reuse", f"up to date, at step {final_step:,}", inputs)
     if steps:
         return Decision("pretrain", "resume", f"from step {steps[-1]:,} of {config.train.steps:,}", inputs)
     return Decision("pretrain", "run", "started before, no checkpoint yet", inputs)
@@ -118,8 +116,13 @@ def _decide_pretrain(config: Config, upstream: StageRecord) -> Decision:
 def _decide_evaluate(config: Config, upstream: StageRecord) -> Decision:
     from pipeline.evaluation.tasks import load_tasks
 
+    pretrained, wanted = upstream.inputs["science"], science_of(config, "pretrain")
+    foreign = differences({"science": pretrained}, {"science": wanted})
+    if foreign:
+        raise refuse_changed_science(config, foreign, "pretrain")
     inputs = {
         "science": science_of(config, "evaluate"),
+        "pretrain": wanted,
         "checkpoint": upstream.output["checkpoint_sha256"],
         "tasks": {task.name: task.digest() for task in load_tasks(config)},
     }
@@ -127,12 +130,12 @@ def _decide_evaluate(config: Config, upstream: StageRecord) -> Decision:
     if record is None:
         return Decision("evaluate", "run", "never started under this name", inputs)
     changed = differences(record.inputs, inputs)
-    foreign = [line for line in changed if line.startswith("evaluate.") and not line.startswith(_EVALUATE_SELECTION)]
+    foreign = [line for line in changed if line.startswith("evaluate.") and not line.startswith(EVALUATE_SELECTION)]
     if foreign and (stage_folder(config, "evaluate") / "results.json").exists():
         raise refuse_changed_science(config, foreign, "evaluate")
     if changed:
         return Decision("evaluate", "run", f"changed: {'; '.join(changed)}; finished units are kept", inputs)
-    if record.state == "done":
+    if record.state == "done" and (stage_folder(config, "evaluate") / "results.json").exists():
         return Decision("evaluate", "reuse", "up to date", inputs)
     return Decision("evaluate", "resume", f"{record.state} before; finished units are kept", inputs)
 
@@ -141,15 +144,23 @@ def _has_checkpoints(config: Config) -> bool:
     return bool(checkpoints.list_steps(stage_folder(config, "pretrain") / "checkpoints"))
 
 
-def plan_stages(config: Config, stages: tuple[str, ...]) -> list[Decision]:
+def stages_of(config: Config, until: str = STAGES[-1]) -> tuple[str, ...]:
+    """The stages of a run: evaluate only when there are tasks."""
+    stages = STAGES[: STAGES.index(until) + 1]
+    return stages if config.evaluate.tasks else tuple(stage for stage in stages if stage != "evaluate")
+
+
+def plan_stages(config: Config, stages: tuple[str, ...], force: str | None = None) -> list[Decision]:
     """The decisions for several stages, none of them started; after one that will run, the others wait."""
     decisions: list[Decision] = []
     for stage in stages:
         previous = decisions[-1] if decisions else None
-        if previous and previous.action != "reuse":
+        if stage == force:
+            decisions.append(Decision(stage, "run", "forced; the old outputs are moved aside", {}))
+        elif previous and previous.action != "reuse":
             decisions.append(Decision(stage, "wait", f"after {previous.stage}", {}))
         else:
-            decisions.append(decide(config, stage))
+            decisions.append(decide(config, stage, keep_digests=False))
     return decisions
 
 

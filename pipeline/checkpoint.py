@@ -59,6 +59,13 @@ class Checkpoint:
 
         return safe_open(self.folder / file, framework="pt").get_tensor
 
+    def shapes(self, file: str) -> dict[str, list[int]]:
+        """Shape of every tensor in a file."""
+        from safetensors import safe_open
+
+        with safe_open(self.folder / file, framework="pt") as tensors:
+            return {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118
+
 
 def save(folder: Path, state: dict[str, Any], tensors: Iterable[tuple[str, str, Any]], keep: int) -> Checkpoint:
     """Writes one checkpoint; a failure at any point leaves the older ones as they were.
@@ -139,8 +146,13 @@ def load_newest(folder: Path) -> Checkpoint | None:
     return None
 
 
-def load(folder: Path, step: int) -> Checkpoint:
+def load(folder: Path, step: int, verify: bool = True) -> Checkpoint:
     """A checkpoint whose files all have the size and SHA-256 of the manifest.
+
+    Args:
+        folder: The ``checkpoints`` folder.
+        step: Which one.
+        verify: False when another process has just verified it.
 
     Raises:
         ConfigError: No checkpoint of that step.
@@ -152,7 +164,7 @@ def load(folder: Path, step: int) -> Checkpoint:
         raise ConfigError(f"{folder}: no checkpoint of step {step}; there are: {there}")
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        for name, expected in manifest["files"].items():
+        for name, expected in manifest["files"].items() if verify else ():
             file = path / name
             if not file.exists() or file.stat().st_size != expected["size"]:
                 raise DamagedError(f"{file}: missing or not {expected['size']} bytes long")
@@ -173,11 +185,18 @@ def _write_latest(folder: Path, name: str) -> None:
 
 
 def _prune(folder: Path, keep: int) -> None:
-    """Deletes old checkpoints, each one's manifest first: what remains of it is then no checkpoint."""
+    """Deletes old checkpoints, each renamed first: what a kill leaves of it is then no checkpoint."""
     for step in list_steps(folder)[:-keep]:
-        path = step_folder(folder, step)
-        (path / MANIFEST).unlink()
-        shutil.rmtree(path)
+        doomed = folder / f".tmp-{step_folder(folder, step).name}"
+        shutil.rmtree(doomed, ignore_errors=True)
+        os.replace(step_folder(folder, step), doomed)
+        shutil.rmtree(doomed)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Removes what a killed save or deletion left; each may be gigabytes."""
+    for leftover in folder.glob(".tmp-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _move_aside(path: Path, why: str) -> Path:

@@ -8,12 +8,14 @@ from typing import Any
 
 import click
 
+from pipeline import __version__
+
 _STAGES = ("tokenize", "pretrain", "evaluate")
 _debug = False
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(package_name="electra-pretraining", prog_name="electra")
+@click.version_option(__version__, prog_name="electra")
 def cli() -> None:
     """Pretrain ELECTRA: raw text to tokens, checkpoints and scores.
 
@@ -31,19 +33,19 @@ _debug_option = click.option("--debug", is_flag=True, help="Show a traceback whe
 @_overrides
 @click.option("--plan", is_flag=True, help="Only say what would be done, and why.")
 @click.option("--until", type=click.Choice(_STAGES), default=_STAGES[-1], help="Last stage to run.")
-@click.option("--force", type=click.Choice(_STAGES), help="Move this stage's and later outputs aside and redo them.")
+@click.option("--force", type=click.Choice(_STAGES), help="Move what the run has of this stage and later ones aside.")
 @_debug_option
 def run(config: Path, overrides: tuple[str, ...], plan: bool, until: str, force: str | None, debug: bool) -> None:
     """Do the stages that are not up to date."""
     _set_debug(debug)
     settings = _load(config, overrides)
-    stages = _STAGES[: _STAGES.index(until) + 1]
-    if not settings.evaluate.tasks and "evaluate" in stages:
-        stages = stages[:-1]
-    if plan:
-        from pipeline.chain import plan_stages
+    from pipeline.chain import plan_stages, stages_of
 
-        for decision in plan_stages(settings, stages):
+    stages = stages_of(settings, until)
+    if force and force not in stages:
+        raise click.UsageError(f"--force {force}: that stage is not among those to run ({', '.join(stages)})")
+    if plan:
+        for decision in plan_stages(settings, stages, force):
             click.echo(f"{decision.stage:9} {decision.action:7} {decision.why}")
         return
     _run_stages(settings, stages, config, overrides, force)
@@ -105,10 +107,12 @@ def show_config(config: Path, overrides: tuple[str, ...], world_size: int, as_js
     """The resolved config, and the numbers that follow from it."""
     _set_debug(debug)
     from pipeline.config_file import dump_yaml
+    from pipeline.deepspeed_config import build_deepspeed_config
     from pipeline.plan import describe, make_plan
 
     settings = _load(config, overrides)
     plan = make_plan(settings, world_size)
+    build_deepspeed_config(settings, plan)
     if as_json:
         click.echo(json.dumps({"config": settings.model_dump(mode="json"), "plan": plan.to_dict()}, indent=1))
         return
@@ -149,8 +153,8 @@ def stats(folder: Path) -> None:
 @shards.command()
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--tokenizer", type=click.Path(path_type=Path), required=True, help="The tokenizer's model file.")
-@click.option("--length", default=128, help="Tokens of a row.")
-@click.option("--rows", default=2, help="Rows to show.")
+@click.option("--length", default=128, type=click.IntRange(min=8), help="Tokens of a row.")
+@click.option("--rows", default=2, type=click.IntRange(min=1), help="Rows to show.")
 def peek(folder: Path, tokenizer: Path, length: int, rows: int) -> None:
     """The first rows as training sees them."""
     from data_shards.loader import RowLoader
@@ -172,7 +176,7 @@ def verify(folder: Path) -> None:
     manifest = read_manifest(folder)
     problems = verify_folder(folder, manifest)
     if problems:
-        raise DamagedError("\n".join(problems))
+        raise DamagedError("\n".join([*problems, f"delete {folder} and run `electra tokenize` again"]))
     click.echo(f"{len(manifest.shards)} shards agree with the manifest")
 
 
@@ -196,6 +200,9 @@ def _run_stages(
 def _run_as_rank(settings: Any, stage: str, process: Any) -> None:
     import os
 
+    from pipeline.distributed import exit_when_told_to_stop
+
+    exit_when_told_to_stop()
     from pipeline.chain import run_as_rank
     from pipeline.log import set_up_logging
 

@@ -11,8 +11,11 @@ from pydantic import Field, model_validator
 
 from model.config import ModelConfig, ObjectiveConfig, Section
 
+_TRACKING_URI = r"^(auto|none|(https?|sqlite|postgresql|mysql|mssql)(\+\w+)?://.+|databricks.*)$"
+
 Auto = Literal["auto"]
 Count = Annotated[int, Field(ge=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class RunConfig(Section):
@@ -22,7 +25,9 @@ class RunConfig(Section):
     dir: Path = Field(Path("runs"), description="Root of tokenizers, shards and runs; all nodes must see it.")
     seed: int = Field(1, ge=0, lt=2**31, description="Of everything random.")
     fork_from: str | None = Field(
-        None, pattern=r"^[^@]+@\d+$", description="NAME@STEP: start from that checkpoint of another run."
+        None,
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*@\d+$",
+        description="NAME@STEP: start from that checkpoint of another run.",
     )
 
 
@@ -112,7 +117,7 @@ class OptimizerConfig(Section):
 
     name: Literal["adamw"] = Field("adamw", description="Adam with decoupled weight decay.")
     lr: float = Field(gt=0, description="Peak learning rate: 5e-4 for Small, 2e-4 else.")
-    betas: tuple[float, float] = Field((0.9, 0.999), description="Decay of the two moments.")
+    betas: tuple[Decay, Decay] = Field((0.9, 0.999), description="Decay of the two moments.")
     eps: float = Field(1e-6, gt=0, description="Added to the root of the second moment.")
     weight_decay: float = Field(0.01, ge=0, description="On all but LayerNorm and biases; embeddings decay too.")
     bias_correction: bool = Field(False, description="The released optimizer has none.")
@@ -156,7 +161,11 @@ class EvaluateConfig(Section):
 class TrackingConfig(Section):
     """MLflow."""
 
-    uri: str = Field("auto", description="auto: MLFLOW_TRACKING_URI, else SQLite in run.dir; none: no tracking.")
+    uri: str = Field(
+        "auto",
+        pattern=_TRACKING_URI,
+        description="auto: MLFLOW_TRACKING_URI, else SQLite in run.dir; none: no tracking.",
+    )
     experiment: str = Field("electra", description="MLflow experiment.")
 
 
@@ -188,6 +197,11 @@ class Config(Section):
         if self.data.sequence_length > self.model.max_positions:
             raise ValueError(
                 f"data.sequence_length={self.data.sequence_length} exceeds "
+                f"model.max_positions={self.model.max_positions}; lower the one or raise the other"
+            )
+        if self.evaluate.tasks and self.evaluate.max_length > self.model.max_positions:
+            raise ValueError(
+                f"evaluate.max_length={self.evaluate.max_length} exceeds "
                 f"model.max_positions={self.model.max_positions}; lower the one or raise the other"
             )
         return self

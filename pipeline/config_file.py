@@ -18,6 +18,13 @@ from pipeline.errors import ConfigError, UsageError
 
 _PATH_KEYS = {"run.dir", "data.shards_dir", "tokenizer.path", "deepspeed.config", "evaluate.data_dir"}
 
+_PLAIN = {
+    "model_type": "must be a section with keys",
+    "tuple_type": "must be a list, for example [a, b]",
+    "int_type": "must be a whole number",
+    "string_pattern_mismatch": "has characters or a form that are not allowed here",
+}
+
 Sources = dict[str, str]
 """Dotted key to where it was set: ``file:line`` or the argument."""
 
@@ -35,7 +42,7 @@ def load_config(path: str | Path, overrides: tuple[str, ...] = ()) -> Config:
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        raise ConfigError("\n".join(_explain(item, sources) for item in error.errors())) from None
+        raise ConfigError("\n".join(_explain_all(error, sources))) from None
 
 
 def parse_yaml(text: str) -> Any:
@@ -55,7 +62,8 @@ def dump_yaml(config: Config) -> str:
 
 def _read_file(path: Path) -> tuple[dict[str, Any], Sources]:
     if not path.is_file():
-        raise ConfigError(f"{path}: no such config file; the presets are in configs/")
+        problem = "is a folder" if path.is_dir() else "no such config file"
+        raise ConfigError(f"{path}: {problem}; the presets are in configs/")
     try:
         tree = YAML(typ="rt", pure=True).load(path.read_text(encoding="utf-8")) or {}
     except (MarkedYAMLError, UnicodeDecodeError) as error:
@@ -146,8 +154,23 @@ def _resolve_task(task: Any, base: Path) -> Any:
     return str(_absolute(task, base)) if isinstance(task, str) and task.endswith((".yaml", ".yml")) else task
 
 
-def _explain(item: Any, sources: Sources) -> str:
-    location = [str(part) for part in item["loc"] if part not in ("auto", "constrained-int")]
+def _explain_all(error: ValidationError, sources: Sources) -> list[str]:
+    """One line for each wrong key, the first finding of each; a list that lost its bad items is not empty."""
+    lines: dict[str, str] = {}
+    for item in error.errors():
+        location = [str(part) for part in item["loc"] if not _is_branch(str(part))]
+        dotted = ".".join(location)
+        if not any(known.startswith(f"{dotted}.") for known in lines):
+            lines.setdefault(dotted, _explain(item, location, sources))
+    return list(lines.values())
+
+
+def _is_branch(part: str) -> bool:
+    """pydantic's names for the alternatives of a union."""
+    return part.startswith(("literal[", "constrained-", "function-"))
+
+
+def _explain(item: Any, location: list[str], sources: Sources) -> str:
     dotted = ".".join(location)
     place = _place(location, sources)
     prefix = f"{place}: " if place else ""
@@ -155,7 +178,7 @@ def _explain(item: Any, sources: Sources) -> str:
         return f"{prefix}unknown key {dotted}; {_nearest(dotted)}"
     if item["type"] == "missing":
         return f"{dotted}: missing; set it in the config file or as an argument {dotted}=…"
-    message = item["msg"].removeprefix("Value error, ")
+    message = _PLAIN.get(item["type"]) or str(item["msg"]).removeprefix("Value error, ")
     if not location:
         return message
     value = item.get("input")

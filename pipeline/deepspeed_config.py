@@ -1,7 +1,7 @@
 """The dictionary that DeepSpeed gets: every value that the engine relies on is in it.
 
-Users bring a JSON for what is DeepSpeed's own business (ZeRO stage, buckets,
-offload). Batch sizes, precision, clipping and the optimizer belong to the YAML;
+Users bring a JSON for what is DeepSpeed's own business (ZeRO stage, buckets).
+Batch sizes, precision, clipping and the optimizer belong to the YAML;
 the JSON may leave them out, say "auto", or repeat them. It may not contradict.
 """
 
@@ -33,6 +33,18 @@ def read_deepspeed_json(path: Path | None) -> dict[str, Any]:
         raise ConfigError(f"deepspeed.config={path}: not valid JSON ({error})") from None
     if not isinstance(content, dict):
         raise ConfigError(f"deepspeed.config={path}: must be a JSON object")
+    for section in ("zero_optimization", "bf16", "fp16", "optimizer", "scheduler", "data_types"):
+        if not isinstance(content.get(section, {}), dict):
+            raise ConfigError(f"deepspeed.config={path}: {section}={content[section]!r} must be a JSON object")
+    stage = content.get("zero_optimization", {}).get("stage", 0)
+    if stage not in (0, 1, 2, 3):
+        raise ConfigError(f"deepspeed.config={path}: zero_optimization.stage={stage!r} must be 0, 1, 2 or 3")
+    for key in content.get("zero_optimization", {}):
+        if key.startswith("offload_") or key == "cpu_offload":
+            raise ConfigError(
+                f"deepspeed.config={path}: zero_optimization.{key} is not supported: ELECTRA's states fit on the GPU; "
+                "remove it"
+            )
     return content
 
 
@@ -73,6 +85,8 @@ def _relied_on(config: Config, plan: Plan, stage: int) -> dict[str, Any]:
         "bf16.enabled": precision == "bf16",
         "fp16.enabled": precision == "fp16",
         "data_types.grad_accum_dtype": accumulation_dtype,
+        # Else bf16 gradients are summed over processes in bf16, and the result depends on their number.
+        "communication_data_type": "fp32",
         "zero_optimization.stage": stage,
         "zero_allow_untested_optimizer": True,
         "prescale_gradients": False,

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, StoppedEarly
 
 # Steps of ranks count from 0; Slurm's special steps (batch shell, interactive shell) have ids up here.
 _FIRST_SPECIAL_STEP_ID = 0xFFFFFF00
@@ -84,7 +84,7 @@ def resolve_device(requested: str) -> str:
     return "cpu"
 
 
-def init_process_group(process: Process, device: str) -> None:
+def init_process_group(process: Process, device: str, timeout: timedelta = timedelta(minutes=30)) -> None:
     """Joins the processes: NCCL for gradients on GPU, gloo on CPU; MASTER_ADDR and MASTER_PORT say where."""
     import torch
     import torch.distributed as dist
@@ -99,13 +99,26 @@ def init_process_group(process: Process, device: str) -> None:
         os.environ["MASTER_PORT"] = str(free_port())
     os.environ.update(RANK=str(process.rank), LOCAL_RANK=str(process.local_rank), WORLD_SIZE=str(process.world_size))
     if device == "cuda":
-        torch.cuda.set_device(process.local_rank)
+        visible = torch.cuda.device_count()
+        if 1 < visible <= process.local_rank:
+            raise ConfigError(
+                f"process {process.local_rank} of this machine finds {visible} GPUs; start one process per GPU"
+            )
+        index = process.local_rank if visible > 1 else 0  # Slurm may show each task its own GPU only
+        torch.cuda.set_device(index)
+        os.environ["LOCAL_RANK"] = str(index)  # DeepSpeed takes it for the device
     dist.init_process_group(
         "nccl" if device == "cuda" else "gloo",
         rank=process.rank,
         world_size=process.world_size,
-        timeout=timedelta(minutes=30),
+        timeout=timeout,
     )
+
+
+def exit_when_told_to_stop() -> None:
+    """While a process is still importing, nothing is there to save: it may exit at once, to be started again."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, lambda *_: os._exit(StoppedEarly.exit_code))
 
 
 def ignore_stop_signals() -> None:
@@ -132,12 +145,12 @@ class Control:
     host_group: Any = None
     """The gloo group beside NCCL; None means the default group, which is gloo on CPU."""
 
-    def __init__(self, device: str):
+    def __init__(self, device: str, timeout: timedelta = timedelta(minutes=30)):
         """Call after ``init_process_group``."""
         import torch.distributed as dist
 
         self._dist = dist
-        group: Any = dist.new_group(backend="gloo") if device == "cuda" else None
+        group: Any = dist.new_group(backend="gloo", timeout=timeout) if device == "cuda" else None
         self._group = Control.host_group = group
         self.world_size = dist.get_world_size()
         self.is_first = dist.get_rank() == 0

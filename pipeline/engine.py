@@ -31,11 +31,19 @@ class StepResult:
         statistics: Sums over this process's micro-batches, on the device.
         gradient_norm: Global norm before clipping; inf when the step was skipped.
         applied: False when the step was skipped because of NaN or inf.
+        scaled_down: Skipped only because fp16's loss scale was too high; it is lower now.
     """
 
     statistics: Statistics
     gradient_norm: float
     applied: bool
+    scaled_down: bool = False
+
+
+def check_precision(config: Config, device: str) -> None:
+    """Refuses what DeepSpeed would refuse later and less clearly."""
+    if config.train.precision == "fp16" and device == "cpu":
+        raise ConfigError("train.precision=fp16 needs a GPU: DeepSpeed refuses it on CPU; use bf16 or fp32")
 
 
 class Engine:
@@ -50,8 +58,7 @@ class Engine:
         import deepspeed
         from deepspeed.utils import logger as deepspeed_logger
 
-        if config.train.precision == "fp16" and device == "cpu":
-            raise ConfigError("train.precision=fp16 needs a GPU: DeepSpeed refuses it on CPU; use bf16 or fp32")
+        check_precision(config, device)
         deepspeed_logger.setLevel("WARNING")
         # Its shared-memory all-reduce is compiled at first use, which takes a minute, and serves one host only.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -98,7 +105,8 @@ class Engine:
                 gradient_norm, applied = self._update(lr)
             else:
                 self._engine.step()
-        return StepResult(statistics, gradient_norm, applied)
+        scaled_down = not applied and self.settings["fp16"]["enabled"] and self._engine.loss_scale() > 1
+        return StepResult(statistics, gradient_norm, applied, scaled_down)
 
     def _update(self, lr: float) -> tuple[float, bool]:
         """Clips and applies, or skips; returns the norm before clipping and whether it was applied."""
@@ -127,14 +135,20 @@ class Engine:
         _, sums, rtd_logits_BT, is_replaced_BT = self._engine(batch, counts)
         return Statistics(sums), rtd_logits_BT, is_replaced_BT
 
+    def shapes(self) -> dict[str, list[int]]:
+        """Shape of every parameter, whole, by name."""
+        return {name: list(getattr(p, "ds_shape", p.shape)) for name, p in self._parameters.items()}
+
     def full_state(self) -> Iterator[tuple[str, str, Tensor]]:
         """Yields (kind, parameter, fp32 CPU tensor) for the weights and both moments, whole.
 
-        Kinds are ``weight`` and those of ``MOMENTS``. A collective: all processes iterate together.
+        Kinds are ``weight`` and those of ``MOMENTS``. A collective: all processes iterate together,
+        and only rank 0 gets the tensors on the CPU.
         """
         for name, parameter in self._parameters.items():
             for kind in ("weight", *MOMENTS):
-                yield kind, name, self._read(parameter, kind).detach().float().cpu()
+                value = self._read(parameter, kind).detach()
+                yield kind, name, value.float().cpu() if self._engine.global_rank == 0 else value
 
     def load_full_state(self, read: Callable[[str, str], Tensor], applied_steps: int) -> None:
         """Sets weights and moments, whatever stage or number of processes wrote them.
@@ -149,8 +163,8 @@ class Engine:
                 self._write(parameter, kind, read(kind, name).to(self._engine.device))
 
     def _create_moments(self) -> None:
-        """Creates the moments now, as zeros; DeepSpeed links them to parameters at the first step, group by
-        group, and would not see those of the groups that have not stepped yet.
+        """Creates the moments now, as zeros. DeepSpeed 0.19 links them to parameters when the first group has
+        stepped, and would not see those of the other groups.
         """
         optimizer = self._engine.optimizer
         if self.stage == 3:  # the base optimizer's groups are empty between steps

@@ -3,6 +3,8 @@
 The codes are an interface: Slurm scripts and users' scripts branch on them.
 """
 
+from data_shards.errors import DataError
+
 
 class ElectraError(Exception):
     """Ends the program with ``exit_code`` and one message on stderr."""
@@ -38,3 +40,7 @@ class DoNotRequeueError(ElectraError):
     """Running it again would end the same way."""
 
     exit_code = 93
+
+
+FORESEEN = (ElectraError, DataError)
+"""What a user, a disk or a cluster can cause."""

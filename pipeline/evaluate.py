@@ -8,6 +8,7 @@ A unit is done once: its result carries a fingerprint of all that it depends on.
 import json
 import time
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -22,21 +23,23 @@ from pipeline.config import Config
 from pipeline.distributed import (
     Control,
     Process,
+    ignore_stop_signals,
     init_process_group,
     processes_on_this_machine,
     resolve_device,
 )
-from pipeline.errors import ConfigError
-from pipeline.evaluation.finetune import FineTunedElectra, encode, fine_tune
+from pipeline.errors import ConfigError, DamagedError, StoppedEarly
+from pipeline.evaluation.finetune import FineTunedElectra, encode, fine_tune, predict
 from pipeline.evaluation.scores import median_of, score
 from pipeline.evaluation.tasks import Example, Task, load_tasks
-from pipeline.keys import science_of
+from pipeline.keys import EVALUATE_SELECTION, science_of
 from pipeline.launch import threads_per_process
 from pipeline.log import log_to_file, logger
-from pipeline.stages import StageRecord, stage_folder
+from pipeline.stages import StageRecord, read_record, stage_folder
+from pipeline.stopping import StopRequest
 from pipeline.tokenize import load_tokenize_output
 
-_SELECTION = ("evaluate.tasks", "evaluate.seeds", "evaluate.checkpoint")
+_LONGEST_WAIT = timedelta(days=2)  # of a process whose units were short for one whose units are long
 
 
 @dataclass(frozen=True)
@@ -53,8 +56,11 @@ class Unit:
         path = self.folder / "result.json"
         if not path.exists():
             return None
-        result = json.loads(path.read_text(encoding="utf-8"))
-        return result if result["fingerprint"] == self.fingerprint else None
+        try:
+            result = json.loads(path.read_text(encoding="utf-8"))
+            return result if result["fingerprint"] == self.fingerprint else None
+        except (ValueError, KeyError, TypeError):  # damaged: the unit is done again
+            return None
 
 
 def run_evaluate(config: Config, record: StageRecord, process: Process) -> None:
@@ -63,19 +69,26 @@ def run_evaluate(config: Config, record: StageRecord, process: Process) -> None:
     log_to_file(folder / "log.txt", process.rank)
     device = resolve_device(config.launch.device)
     torch.set_num_threads(threads_per_process(config, processes_on_this_machine(process)))
-    init_process_group(process, device)
-    control = Control(device)
+    init_process_group(process, device, _LONGEST_WAIT)
+    control = Control(device, _LONGEST_WAIT)
     checkpoint = find_checkpoint(config)
     tokenizer = Tokenizer(load_tokenize_output(config)["tokenizer"])
 
     units = plan_units(config, folder, checkpoint)
     missing = [unit for unit in units if not unit.finished()]
     logger.info("checkpoint of step %d: %d of %d units to do", checkpoint.step, len(missing), len(units))
+    stop = StopRequest()
     for unit in missing[process.rank :: process.world_size]:
         began = time.monotonic()
-        result = run_unit(config, unit, checkpoint, tokenizer, device)
+        result = run_unit(config, unit, checkpoint, tokenizer, device, stop)
+        if result is None:
+            break
         logger.info("%s, seed %d: %s in %.1f s", unit.task.name, unit.seed, result, time.monotonic() - began)
-    control.barrier()
+    (stops,) = control.sum([float(stop.reason() is not None)])
+    if stops:
+        ignore_stop_signals()
+        done = sum(1 for unit in units if unit.finished())
+        raise StoppedEarly(f"stopped with {done} of {len(units)} units done; the same command goes on")
     if process.rank == 0:
         results = collect_results(units, checkpoint)
         write_json(folder / "results.json", results)
@@ -93,28 +106,37 @@ def find_checkpoint(config: Config) -> checkpoints.Checkpoint:
     folder = stage_folder(config, "pretrain") / "checkpoints"
     if config.evaluate.checkpoint != "last":
         return checkpoints.load(folder, config.evaluate.checkpoint)
-    steps = checkpoints.list_steps(folder)
-    if not steps:
-        raise ConfigError(f"{folder}: no checkpoint to evaluate; run `electra pretrain` first")
-    return checkpoints.load(folder, steps[-1])
+    pretrain = read_record(config, "pretrain")
+    if pretrain is None or pretrain.state != "done":
+        raise ConfigError(f"{folder}: pretraining is not finished; run `electra pretrain` first")
+    found = checkpoints.load(folder, pretrain.output["checkpoint_step"])
+    if found.digest != pretrain.output["checkpoint_sha256"]:
+        raise DamagedError(f"{found.folder}: not the checkpoint that pretraining ended with; run it again with --force")
+    return found
 
 
 def plan_units(config: Config, folder: Path, checkpoint: checkpoints.Checkpoint) -> list[Unit]:
     """Every (task, seed), in a fixed order."""
-    recipe = {key: value for key, value in science_of(config, "evaluate").items() if key not in _SELECTION}
+    recipe = {key: value for key, value in science_of(config, "evaluate").items() if key not in EVALUATE_SELECTION}
     units = []
     for task in load_tasks(config):
         for seed in range(1, config.evaluate.seeds + 1):
-            inputs = {"recipe": recipe, "checkpoint": checkpoint.digest, "task": task.digest(), "seed": seed}
+            inputs = {
+                "recipe": recipe,
+                "pretrain": science_of(config, "pretrain"),
+                "checkpoint": checkpoint.digest,
+                "task": task.digest(),
+                "seed": seed,
+            }
             unit_folder = folder / checkpoint.folder.name / task.name / f"seed_{seed}"
             units.append(Unit(task, seed, unit_folder, content_key(inputs)))
     return units
 
 
 def run_unit(
-    config: Config, unit: Unit, checkpoint: checkpoints.Checkpoint, tokenizer: Tokenizer, device: str
-) -> dict[str, float]:
-    """Fine-tunes and scores one unit; writes its predictions and, last, its result."""
+    config: Config, unit: Unit, checkpoint: checkpoints.Checkpoint, tokenizer: Tokenizer, device: str, stop: StopRequest
+) -> dict[str, float] | None:
+    """Fine-tunes and scores one unit; writes its predictions and, last, its result. None when told to stop."""
     train, dev = unit.task.examples("train"), unit.task.examples("dev")
     classes = class_names(unit.task, train, dev)
     torch.manual_seed(unit.seed)
@@ -126,10 +148,12 @@ def run_unit(
         select_kernels(config.kernels.backend),
     )
     load_discriminator(model, checkpoint)
-    max_length = min(config.evaluate.max_length, config.model.max_positions)
+    max_length = config.evaluate.max_length
     encoded_train = encode(train, classes, tokenizer, max_length)
     encoded_dev = encode(dev, classes, tokenizer, max_length)
-    outputs = fine_tune(model.to(device), encoded_train, encoded_dev, config.evaluate, unit.seed, device)
+    if not fine_tune(model.to(device), encoded_train, config.evaluate, unit.seed, device, stop):
+        return None
+    outputs = predict(model, encoded_dev, device)
     predictions = [classes[max(range(len(o)), key=o.__getitem__)] if classes else o[0] for o in outputs]
     labels = [example.label for example in dev]
     metrics = {metric: score(metric, labels, predictions) for metric in unit.task.config.metrics}
@@ -172,6 +196,8 @@ def collect_results(units: list[Unit], checkpoint: checkpoints.Checkpoint) -> di
     tasks: dict[str, dict[str, Any]] = {}
     for name in dict.fromkeys(unit.task.name for unit in units):
         results = [unit.finished() for unit in units if unit.task.name == name]
+        if None in results:
+            raise DamagedError(f"{name}: a unit's result.json has vanished; run evaluate again")
         metrics = [result["metrics"] for result in results if result]
         tasks[name] = {metric: median_of([values[metric] for values in metrics]) for metric in metrics[0]}
     return {"checkpoint": str(checkpoint.folder), "tasks": tasks, "glue_average": None}

@@ -5,9 +5,12 @@ the same run if and only if their journals agree outside the volatile fields.
 """
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
+
+from pipeline.errors import DamagedError
 
 VOLATILE_PREFIXES = ("speed/", "memory/", "goodput/", "time/")
 
@@ -25,10 +28,21 @@ def without_volatile(entry: Entry) -> Entry:
 
 
 def read_entries(path: Path) -> list[Entry]:
-    """All whole lines; a last line that a kill cut short is left out."""
+    """All whole lines; a last line that a kill cut short is left out.
+
+    Raises:
+        DamagedError: A line is not JSON.
+    """
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line[-1] == "\n"]
+    entries = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True), 1):
+        if line.endswith("\n"):
+            try:
+                entries.append(json.loads(line))
+            except ValueError as error:
+                raise DamagedError(f"{path}: line {number} is not JSON; restore the file from a copy") from error
+    return entries
 
 
 class Journal:
@@ -57,4 +71,6 @@ class Journal:
 
 
 def _line(entry: Entry) -> str:
-    return json.dumps(entry) + "\n"
+    """One line of JSON, which has no NaN and no infinity: they become null."""
+    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()}
+    return json.dumps(finite, allow_nan=False) + "\n"

@@ -2,7 +2,7 @@
 
 - *Science* keys change the result. They enter the fingerprint of the stage named here.
 - *Numerics* keys change rounding and random draws only. They are recorded, and a change is announced.
-- *Execution* keys change nothing.
+- *Execution* keys change neither weights nor scores; some decide what is reported, and how often.
 """
 
 from typing import Any
@@ -43,6 +43,9 @@ EXECUTION: tuple[str, ...] = (
     "train.checkpoint_every", "train.keep_checkpoints", "train.log_every", "train.held_out_rows",
     "train.max_skipped_steps", "evaluate.data_dir", "tracking.uri", "tracking.experiment",
 )  # fmt: skip
+
+EVALUATE_SELECTION = ("evaluate.tasks", "evaluate.seeds", "evaluate.checkpoint")
+"""Science keys that choose which units to evaluate; units done under others stay valid."""
 
 
 def science_of(config: Config, stage: str) -> dict[str, Any]:

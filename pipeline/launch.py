@@ -36,9 +36,12 @@ def threads_per_process(config: Config, processes_on_machine: int) -> int:
     """``launch.threads_per_process`` resolved: the cores that this process may use, shared out."""
     if config.launch.threads_per_process != "auto":
         return config.launch.threads_per_process
+    cores = len(os.sched_getaffinity(0))
     if "SLURM_CPUS_PER_TASK" in os.environ:
-        return int(os.environ["SLURM_CPUS_PER_TASK"])
-    return max(1, len(os.sched_getaffinity(0)) // processes_on_machine)
+        cores = int(os.environ["SLURM_CPUS_PER_TASK"])
+        if "SLURM_STEP_ID" in os.environ and "RANK" not in os.environ:
+            return cores  # srun started this process: the cores are its own
+    return max(1, cores // processes_on_machine)
 
 
 def launch(arguments: list[str], processes: int, threads: int) -> int:
@@ -99,7 +102,7 @@ def _combine(codes: list[int]) -> int:
         return own[0]
     if killed:
         names = ", ".join(f"rank {rank} by signal {-codes[rank]}" for rank in killed)
-        logger.error("killed: %s; the same command goes on from the last checkpoint", names)
+        logger.error("killed: %s; the same command goes on from what is saved", names)
         return 1
     return max(codes)
 

@@ -1,46 +1,39 @@
 """Whether a stage could start here: asked before an allocation is spent on it."""
 
-from pathlib import Path
-
+from data_shards.corpus import corpus_files
+from data_shards.loader import RowLoader
+from data_shards.tokenizer import Tokenizer
+from pipeline.chain import decide
 from pipeline.config import Config
+from pipeline.deepspeed_config import build_deepspeed_config
 from pipeline.distributed import resolve_device
+from pipeline.engine import check_precision
 from pipeline.errors import ConfigError
 from pipeline.plan import make_plan
-from pipeline.stages import read_record, stage_folder
-from pipeline.tokenize import load_tokenize_output, tokenize_inputs
+from pipeline.stages import shard_folders
+from pipeline.tokenize import corpora_of, load_tokenize_output
 
 
 def check_stage(config: Config, stage: str) -> None:
     """Raises the error that the stage would end with, as far as seconds can tell.
 
     Raises:
-        ConfigError: Missing input, wrong setting, no GPU where one is needed.
+        ConfigError: A stage before that is not done, changed science, a wrong setting, no GPU.
+        DataSettingError: No text, too little of it, no tokenizer.
         DamagedDataError: A shard that is not as long as its manifest says.
     """
-    make_plan(config, world_size=1)
-    if stage == "tokenize":
-        tokenize_inputs(config)
+    build_deepspeed_config(config, make_plan(config, world_size=1))
+    if stage == "tokenize":  # reads no text: hashing it takes as long as it takes
+        for corpus in corpora_of(config):
+            corpus_files(corpus)
+        if config.tokenizer.path:
+            Tokenizer(config.tokenizer.path)
         return
-    resolve_device(config.launch.device)
-    if stage == "pretrain":
-        _check_shards(config)
-        return
-    pretrain = read_record(config, "pretrain")
-    if pretrain is None or pretrain.state != "done":
-        raise ConfigError(
-            f"{stage_folder(config, 'pretrain')}: pretraining of run {config.run.name!r} is not finished; "
-            "run `electra pretrain` with this config first"
-        )
-    from pipeline.evaluation.tasks import load_tasks
-
-    for task in load_tasks(config):
-        task.digest()
-
-
-def _check_shards(config: Config) -> None:
-    from data_shards.loader import RowLoader
-
+    check_precision(config, resolve_device(config.launch.device))
     output = load_tokenize_output(config)
-    folders = [Path(corpus["folder"]) for corpus in output["corpora"]]
-    weights = [corpus.weight for corpus in config.data.corpora]
-    RowLoader(folders, weights, config.data.sequence_length, config.train.global_batch_size, config.run.seed)
+    decision = decide(config, stage)
+    if decision.action == "wait":
+        raise ConfigError(f"{stage} cannot start: {decision.why}")
+    if stage == "pretrain":
+        folders, weights = shard_folders(config, output)
+        RowLoader(folders, weights, config.data.sequence_length, config.train.global_batch_size, config.run.seed)

@@ -7,9 +7,7 @@
 Every process runs this. Rank 0 writes the journal and the checkpoints.
 """
 
-import math
 import os
-import signal
 import time
 from dataclasses import dataclass, field
 from functools import partial
@@ -28,7 +26,6 @@ from pipeline.batches import MicroBatches
 from pipeline.config import Config
 from pipeline.devices import peak_flops, peak_memory_gib
 from pipeline.distributed import (
-    STOP_SIGNALS,
     Control,
     Process,
     ignore_stop_signals,
@@ -36,7 +33,7 @@ from pipeline.distributed import (
     processes_on_this_machine,
     resolve_device,
 )
-from pipeline.engine import MOMENTS, Engine
+from pipeline.engine import MOMENTS, Engine, StepResult
 from pipeline.errors import ConfigError, DoNotRequeueError, StoppedEarly
 from pipeline.held_out import score_held_out
 from pipeline.journal import Entry, Journal, read_entries
@@ -45,7 +42,16 @@ from pipeline.log import log_to_file, logger
 from pipeline.plan import Plan, describe, make_plan
 from pipeline.progress import Progress
 from pipeline.schedule import linear_times_warmup
-from pipeline.stages import StageRecord, free_bytes, stage_folder, write_record
+from pipeline.stages import (
+    StageRecord,
+    free_bytes,
+    read_record,
+    read_record_file,
+    shard_folders,
+    stage_folder,
+    write_record,
+)
+from pipeline.stopping import StopRequest
 from pipeline.tokenize import load_tokenize_output
 
 _INITIALISATION = 0  # stream of random numbers
@@ -62,13 +68,15 @@ class TrainingState:
 
     Attributes:
         step: Steps behind us, skipped ones included.
-        skipped_steps: Steps without an update because of NaN or inf.
+        skipped_steps: Steps without an update.
+        bad_steps: Those of them with NaN or inf, fp16's search for its loss scale not counted.
         trained_s: Seconds spent in steps, over all attempts.
         open_sums: Statistics since the last journal entry.
     """
 
     step: int = 0
     skipped_steps: int = 0
+    bad_steps: int = 0
     trained_s: float = 0.0
     open_sums: list[float] = field(default_factory=_no_sums)
 
@@ -86,7 +94,7 @@ def run_pretrain(config: Config, record: StageRecord, process: Process) -> None:
         DoNotRequeueError: Too many steps with NaN or inf.
     """
     begin = time.monotonic()
-    stop = StopRequest(config.train.stop_after_seconds, begin)
+    stop = StopRequest(config.train.stop_after_seconds)
     folder = stage_folder(config, "pretrain")
     log_to_file(folder / "log.txt", process.rank)
     device = resolve_device(config.launch.device)
@@ -136,11 +144,12 @@ def run_pretrain(config: Config, record: StageRecord, process: Process) -> None:
     record.metrics = score_held_out(config, plan, engine, folders, tokenized["vocab_size"], process, control, device)
     record.metrics_step = state.step
     _report_held_out(record.metrics)
-    newest = checkpoints.load(folder / "checkpoints", state.step)
-    record.output = {"checkpoint_step": state.step, "checkpoint_sha256": newest.digest}
+    if process.rank == 0:
+        newest = checkpoints.load(folder / "checkpoints", state.step)
+        record.output = {"checkpoint_step": state.step, "checkpoint_sha256": newest.digest}
 
 
-def _train(run: "_Run", batches: MicroBatches, stop: "StopRequest") -> None:
+def _train(run: "_Run", batches: MicroBatches, stop: StopRequest) -> None:
     """The loop: one iteration is one optimizer step."""
     config, state = run.config, run.state
     while state.step < config.train.steps:
@@ -164,13 +173,12 @@ def _train(run: "_Run", batches: MicroBatches, stop: "StopRequest") -> None:
             micro_batches, GlobalCounts(masked, tokens), lr, partial(batches.dropout_seed, state.step)
         )
         state.step += 1
-        run.account(result.statistics, time.monotonic() - began)
-        if not result.applied:
-            run.count_skipped()
+        run.account(result, time.monotonic() - began)
         run.progress.advance()
         if state.step % config.train.log_every == 0 or state.step == config.train.steps:
             run.log(result.gradient_norm, lr)
-        if state.step % config.train.checkpoint_every == 0 or state.step == config.train.steps:
+        due = state.step % config.train.checkpoint_every == 0 and result.applied
+        if due or state.step == config.train.steps:
             run.save()
 
 
@@ -186,34 +194,40 @@ class _Run:
         self.journal = Journal(folder / "journal.jsonl", state.step) if process.rank == 0 else None
         self.progress = Progress(plan.steps, state.step, process.rank)
         self._peak = peak
+        self.saved_step = state.step  # restored from there; at step 0 there is nothing to lose
         self._pending: list[torch.Tensor] = []
         self._logged_step, self._logged_s = state.step, state.trained_s
 
-    def account(self, statistics: Statistics, seconds: float) -> None:
+    def account(self, result: StepResult, seconds: float) -> None:
         """Takes in a step's sums; they stay on the device until somebody needs them."""
-        self._pending.append(statistics.sums)
         self.state.trained_s += seconds
-
-    def count_skipped(self) -> None:
-        """A step had NaN or inf: nothing was changed by it. Too many of them end the run."""
+        if result.applied:
+            self._pending.append(result.statistics.sums)
+            return
         self.state.skipped_steps += 1
+        if not result.scaled_down:  # else it was the search for fp16's loss scale
+            self.state.bad_steps += 1
+            self._check_bad_steps()
+
+    def _check_bad_steps(self) -> None:
+        """A step had NaN or inf: nothing was changed by it. Too many of them end the run."""
         logger.warning(
             "step %d: NaN or inf in the gradients; the update is skipped (%d so far)",
-            self.state.step, self.state.skipped_steps,
+            self.state.step, self.state.bad_steps,
         )  # fmt: skip
-        if self.state.skipped_steps > self.config.train.max_skipped_steps:
+        if self.state.bad_steps > self.config.train.max_skipped_steps:
             raise DoNotRequeueError(
-                f"{self.state.skipped_steps} steps with NaN or inf, more than "
-                f"train.max_skipped_steps={self.config.train.max_skipped_steps}; the last checkpoint is intact. "
-                "Lower optimizer.lr and fork the run from it (run.name=NEW run.fork_from="
-                f"{self.config.run.name}@STEP)"
+                f"{self.state.bad_steps} steps with NaN or inf, more than "
+                f"train.max_skipped_steps={self.config.train.max_skipped_steps}; checkpoints are written after good "
+                "steps only. Lower optimizer.lr and fork the run from a good one "
+                f"(run.name=NEW run.fork_from={self.config.run.name}@STEP)"
             )
 
     def log(self, gradient_norm: float, lr: float) -> None:
         """Writes the means since the last entry to the journal and shows them."""
         self._fold()
         state, plan = self.state, self.plan
-        weights = self.config.objective
+        objective = self.config.objective
         sums = Statistics(torch.tensor(state.open_sums, dtype=torch.float64))
         steps, seconds = state.step - self._logged_step, state.trained_s - self._logged_s
         tokens_per_s = steps * plan.tokens_per_step / seconds
@@ -222,7 +236,7 @@ class _Run:
             "tokens": state.step * plan.tokens_per_step,
             "flops": state.step * plan.flops_per_step,
             "wall_s": state.trained_s,
-            **sums.metrics(weights.generator_loss_weight, weights.discriminator_loss_weight),
+            **sums.metrics(objective.generator_loss_weight, objective.discriminator_loss_weight),
             "train/grad_norm": gradient_norm,
             "train/learning_rate": lr,
             "train/skipped_steps": state.skipped_steps,
@@ -239,8 +253,10 @@ class _Run:
         self._logged_step, self._logged_s = state.step, state.trained_s
 
     def save(self) -> None:
-        """Writes a checkpoint of this very step."""
+        """Writes a checkpoint of this very step, unless it is on disk."""
         self._fold()
+        if self.state.step == self.saved_step:
+            return
         began = time.monotonic()
         folder = self.folder / "checkpoints"
         tensors = self.engine.full_state()
@@ -257,6 +273,7 @@ class _Run:
         failure = self.control.broadcast(failure)
         if failure:
             raise OSError(f"{failure}; earlier checkpoints are intact")
+        self.saved_step = self.state.step
         logger.info("checkpoint of step %d saved in %.1f s", self.state.step, time.monotonic() - began)
 
     def _fold(self) -> None:
@@ -270,30 +287,6 @@ class _Run:
             self._pending.clear()
 
 
-class StopRequest:
-    """Whether this process was told to stop; a signal only sets a flag."""
-
-    def __init__(self, after_seconds: float | None, begin: float):
-        """Installs handlers for SIGTERM, SIGUSR2 and SIGINT."""
-        self._deadline = begin + after_seconds if after_seconds else math.inf
-        self._after_seconds = after_seconds
-        self._signal: str | None = None
-        for number in STOP_SIGNALS:
-            signal.signal(number, self._on_signal)
-
-    def _on_signal(self, number: int, frame: Any) -> None:
-        del frame
-        self._signal = signal.Signals(number).name
-
-    def reason(self) -> str | None:
-        """Why to stop, or None."""
-        if self._signal:
-            return self._signal
-        if time.monotonic() > self._deadline:
-            return f"train.stop_after_seconds={self._after_seconds:g}"
-        return None
-
-
 def _choose_algorithms(deterministic: bool) -> None:
     """Deterministic algorithms where several exist; takes effect before the first product on a GPU."""
     if deterministic:
@@ -303,25 +296,21 @@ def _choose_algorithms(deterministic: bool) -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
-def shard_folders(config: Config, tokenized: dict[str, Any]) -> tuple[list[Path], list[float]]:
-    """Shard folders and the weight of each."""
-    weights = {corpus.name: corpus.weight for corpus in config.data.corpora}
-    corpora = tokenized["corpora"]
-    return [Path(corpus["folder"]) for corpus in corpora], [weights[corpus["name"]] for corpus in corpora]
-
-
 def _restore(config: Config, folder: Path, engine: Engine, control: Control) -> TrainingState:
     """The newest intact checkpoint's state; else the one forked from; else a fresh one."""
     folder = folder / "checkpoints"
-    newest = checkpoints.load_newest(folder) if control.is_first else None
-    step = control.broadcast(newest.step if newest else None)
+    # Rank 0 verifies and moves aside what is damaged; the others read what it found.
+    if control.is_first:
+        checkpoints.remove_unfinished(folder)
+    step = control.broadcast(_step_of(checkpoints.load_newest(folder)) if control.is_first else None)
     if step is not None:
-        found = newest or checkpoints.load(folder, step)
+        found = checkpoints.load(folder, step, verify=False)
     elif config.run.fork_from:
-        found = _parent_checkpoint(config, copy_journal=control.is_first)
+        found = _parent_checkpoint(config, control.is_first)
     else:
         logger.info("no checkpoint in %s: training starts from the beginning", folder)
         return TrainingState()
+    _check_shapes(found, engine)
     weights, moments = found.tensors(checkpoints.WEIGHTS), found.tensors(checkpoints.OPTIMIZER)
     state = TrainingState(**found.state)
 
@@ -333,19 +322,44 @@ def _restore(config: Config, folder: Path, engine: Engine, control: Control) -> 
     return state
 
 
-def _parent_checkpoint(config: Config, copy_journal: bool) -> checkpoints.Checkpoint:
+def _step_of(found: checkpoints.Checkpoint | None) -> int | None:
+    return found.step if found else None
+
+
+def _parent_checkpoint(config: Config, is_first: bool) -> checkpoints.Checkpoint:
     """The checkpoint named by ``run.fork_from``; its journal up to that step becomes this run's."""
     assert config.run.fork_from
     name, _, step = config.run.fork_from.partition("@")
+    if int(step) >= config.train.steps:
+        raise ConfigError(
+            f"run.fork_from={config.run.fork_from} leaves nothing to train: train.steps={config.train.steps}; raise it"
+        )
     parent = config.run.dir / "runs" / name / "pretrain"
-    found = checkpoints.load(parent / "checkpoints", int(step))
-    if copy_journal:
+    record, own = read_record_file(parent / "stage.json"), read_record(config, "pretrain")
+    if record and own and record.inputs["tokenizer"] != own.inputs["tokenizer"]:
+        raise ConfigError(
+            f"run.fork_from={config.run.fork_from}: that run has another tokenizer; its ids mean other words"
+        )
+    found = checkpoints.load(parent / "checkpoints", int(step), verify=is_first)
+    if is_first:
         journal = Journal(stage_folder(config, "pretrain") / "journal.jsonl", -1)
         for entry in read_entries(parent / "journal.jsonl"):
             if entry["step"] <= found.step:
                 journal.append(entry)
         journal.sync()
     return found
+
+
+def _check_shapes(found: checkpoints.Checkpoint, engine: Engine) -> None:
+    """A forked checkpoint must be of this very model."""
+    stored, wanted = found.shapes(checkpoints.WEIGHTS), engine.shapes()
+    different = sorted(name for name in stored.keys() | wanted.keys() if stored.get(name) != wanted.get(name))
+    if different:
+        name = different[0]
+        raise ConfigError(
+            f"{found.folder} is of another model: {name} is {stored.get(name, 'absent')} there and "
+            f"{wanted.get(name, 'absent')} here; set model.* and the tokenizer as they were"
+        )
 
 
 def _announce_numerics(config: Config, record: StageRecord, numerics: dict[str, Any]) -> None:

@@ -5,11 +5,11 @@ from typing import Any
 
 import click
 
-from pipeline.chain import plan_stages
+from pipeline.chain import plan_stages, stages_of
 from pipeline.config import Config
-from pipeline.errors import ElectraError
+from pipeline.errors import FORESEEN
 from pipeline.journal import read_entries
-from pipeline.stages import STAGES, read_record, stage_folder
+from pipeline.stages import STAGES, is_running, read_record, stage_folder
 from pipeline.tracking import read_tracking, resolve_uri
 
 
@@ -18,8 +18,9 @@ def describe_status(config: Config) -> dict[str, Any]:
     stages: dict[str, Any] = {}
     for stage in STAGES:
         record = read_record(config, stage)
+        state = record.state if record else "not started"
         stages[stage] = {
-            "state": record.state if record else "not started",
+            "state": "killed" if state == "running" and not is_running(config) else state,
             "attempts": record.attempts if record else 0,
             "metrics": record.metrics if record else {},
         }
@@ -27,8 +28,9 @@ def describe_status(config: Config) -> dict[str, Any]:
     stages["pretrain"]["step"] = entries[-1]["step"] if entries else 0
     stages["pretrain"]["steps"] = config.train.steps
     try:
-        rerun = {decision.stage: f"{decision.action}: {decision.why}" for decision in plan_stages(config, STAGES)}
-    except ElectraError as error:
+        decisions = plan_stages(config, stages_of(config))
+        rerun = {decision.stage: f"{decision.action}: {decision.why}" for decision in decisions}
+    except FORESEEN as error:
         rerun = {"refused": str(error)}
     return {
         "run": config.run.name,
@@ -67,7 +69,7 @@ def print_summary(config: Config) -> None:
         )
         click.echo(
             f"               discriminator's AUC {auc:.4f}, standard error {error:.4f}, "
-            f"{(auc - 0.5) / error:.1f} standard errors above chance"
+            f"{(auc - 0.5) / max(error, 1e-12):.1f} standard errors above chance"
         )
     results_path = stage_folder(config, "evaluate") / "results.json"
     if results_path.exists():

@@ -6,7 +6,6 @@ A dead server costs nothing but this process's patience: it tries again, ever
 more slowly, until it is asked to end. Exit code 1 means that something is left.
 """
 
-import fcntl
 import os
 import select
 import sys
@@ -15,15 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.distributed import ignore_stop_signals
-from pipeline.errors import ElectraError
-from pipeline.tracking import first_line, redact
+from pipeline.tracking import first_line, redact, shipper_lock
 
 if TYPE_CHECKING:
     from pipeline.tracking_mirror import Mirror
 
 _INTERVAL_S = 2.0
 _LONGEST_PAUSE_S = 60.0
-_LOCK_PATIENCE_S = 60.0
 
 
 def main() -> int:
@@ -32,8 +29,7 @@ def main() -> int:
     uri = os.environ["ELECTRA_TRACKING_URI"]
     os.nice(10)  # training comes first
     ignore_stop_signals()  # Slurm sends them to every process; this one ends with the pipe
-    with open(folder / ".shipper.lock", "w") as lock:
-        _wait_for_lock(lock.fileno())
+    with shipper_lock(folder):  # an earlier one may still be saying that its run was killed
         return _ship(folder, uri, experiment)
 
 
@@ -66,21 +62,6 @@ def _listen(seconds: float) -> str | None:
     """``end``, an empty string when the pipe broke, or None when nothing was said for so long."""
     ready, _, _ = select.select([sys.stdin], [], [], seconds)
     return sys.stdin.readline() if ready else None
-
-
-def _wait_for_lock(descriptor: int) -> None:
-    """One shipper a run: an earlier one may still be saying that its run was killed."""
-    deadline = time.monotonic() + _LOCK_PATIENCE_S
-    while True:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                raise ElectraError("another shipper of this run does not end") from None
-            time.sleep(0.2)
-        except OSError:
-            return  # no locks on this file system
 
 
 def _say(line: str) -> None:

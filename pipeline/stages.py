@@ -1,4 +1,4 @@
-"""What is known of each stage of a run, and what a command would have to do.
+"""What is known of each stage of a run; ``pipeline.chain`` decides what follows from it.
 
     <run.dir>/runs/<run.name>/<stage>/stage.json
 
@@ -38,6 +38,7 @@ class StageRecord:
         numerics: Resolved numerics keys; an automatic choice is kept when the stage resumes.
         metrics: Results to be shown, by metric name, with the step they belong to.
         attempts: How often it was started.
+        lineage: Id of this series of attempts; a new one begins when inputs change or outputs are moved aside.
     """
 
     stage: str
@@ -48,6 +49,7 @@ class StageRecord:
     metrics: dict[str, float] = field(default_factory=dict)
     metrics_step: int = 0
     attempts: int = 1
+    lineage: str = field(default_factory=lambda: uuid.uuid4().hex)
     environment: dict[str, Any] = field(default_factory=dict)
     started_unix_s: float = 0.0
     ended_unix_s: float | None = None
@@ -159,6 +161,13 @@ def run_identity(config: Config) -> str:
     return path.read_text(encoding="utf-8").strip()
 
 
+def shard_folders(config: Config, tokenized: dict[str, Any]) -> tuple[list[Path], list[float]]:
+    """Shard folders and the weight of each."""
+    weights = {corpus.name: corpus.weight for corpus in config.data.corpora}
+    corpora = tokenized["corpora"]
+    return [Path(corpus["folder"]) for corpus in corpora], [weights[corpus["name"]] for corpus in corpora]
+
+
 @contextmanager
 def run_lock(config: Config) -> Iterator[None]:
     """Keeps a second process out of a run's folder; released however this process ends.
@@ -178,6 +187,19 @@ def run_lock(config: Config) -> Iterator[None]:
         except OSError as error:
             logger.warning("%s: no file locks on this file system (%s); start a run only once", file.name, error)
         yield
+
+
+def is_running(config: Config) -> bool:
+    """Whether a process has the run's lock."""
+    path = config.run_folder / ".lock"
+    if not path.exists():
+        return False
+    with open(path, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return True
+    return False
 
 
 def free_bytes(path: Path) -> int:

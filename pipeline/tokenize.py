@@ -8,6 +8,7 @@ serve this one if their inputs are equal.
 
 import json
 import os
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,8 @@ from data_shards.corpus import Corpus, corpus_files, digest_file, digest_files
 from data_shards.store import MANIFEST, Manifest, read_manifest, write_json
 from data_shards.tokenizer import MODEL_NAME, Tokenizer, TokenizerSettings
 from pipeline.config import Config
-from pipeline.errors import ConfigError
+from pipeline.distributed import STOP_SIGNALS, ignore_stop_signals
+from pipeline.errors import ConfigError, StoppedEarly
 from pipeline.keys import science_of
 from pipeline.log import logger
 from pipeline.stages import StageRecord, read_record, stage_folder
@@ -33,15 +35,24 @@ from pipeline.stages import StageRecord, read_record, stage_folder
 _PROGRESS_INTERVAL_S = 10.0
 
 
-def tokenize_inputs(config: Config) -> dict[str, Any]:
-    """What the stage's result depends on; reads every file that was not read before."""
+def tokenize_inputs(config: Config, keep_digests: bool = True) -> dict[str, Any]:
+    """What the stage's result depends on; reads every file whose digest was not kept before."""
     cache = _DigestCache(config.run.dir / "digests.json")
     files = {corpus.name: cache.digests(corpus) for corpus in corpora_of(config)}
-    cache.save()
+    if keep_digests:
+        cache.save()
     inputs: dict[str, Any] = {"science": science_of(config, "tokenize"), "files": files}
     if config.tokenizer.path:
         inputs["tokenizer_file"] = Tokenizer(config.tokenizer.path).digest
     return inputs
+
+
+def _stop(number: int, frame: Any) -> None:
+    del frame
+    ignore_stop_signals()
+    raise StoppedEarly(
+        f"tokenize stopped ({signal.Signals(number).name}); finished tasks are kept, the same command goes on"
+    )
 
 
 def is_complete(config: Config, record: StageRecord) -> bool:
@@ -55,6 +66,8 @@ def is_complete(config: Config, record: StageRecord) -> bool:
 def run_tokenize(config: Config, record: StageRecord) -> None:
     """Trains the tokenizer and writes the shards that are missing; fills ``record``'s output and metrics."""
     started = time.monotonic()
+    for number in STOP_SIGNALS:
+        signal.signal(number, _stop)
     corpora = corpora_of(config)
     weights = [corpus.weight for corpus in config.data.corpora]
     files: dict[str, list[str]] = record.inputs["files"]
@@ -175,8 +188,8 @@ class _DigestCache:
         self._changed = False
         if path.exists():
             try:
-                self._known = json.loads(path.read_text(encoding="utf-8"))
-            except ValueError:
+                self._known = dict(json.loads(path.read_text(encoding="utf-8")))
+            except (ValueError, TypeError):
                 logger.warning("%s: unreadable; the files are read again", path)
 
     def digests(self, corpus: Corpus) -> list[str]:

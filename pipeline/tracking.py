@@ -4,20 +4,23 @@ Training writes stage.json and the journal and never waits for MLflow; a process
 of its own mirrors the folder (``pipeline.tracking_mirror``) while the run goes.
 """
 
+import fcntl
 import json
 import os
 import subprocess
 import sys
-from contextlib import suppress
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from pipeline.config import Config
 from pipeline.config_file import dump_yaml
-from pipeline.errors import ElectraError, StoppedEarly
+from pipeline.errors import ConfigError, ElectraError, StoppedEarly
 from pipeline.journal import read_entries
 from pipeline.log import logger
-from pipeline.stages import STAGES, StageRecord, read_record_file, run_identity
+from pipeline.stages import STAGES, StageRecord, is_running, read_record_file, run_identity
 
 _NETWORK_FILE_SYSTEMS = (
     "nfs",
@@ -32,6 +35,7 @@ _NETWORK_FILE_SYSTEMS = (
     "afs",
     "wekafs",
 )
+_LOCK_PATIENCE_S = 60.0
 _FINAL_PASS_S, _FINAL_PASS_WHEN_STOPPED_S = 120.0, 15.0
 
 
@@ -44,7 +48,8 @@ def resolve_uri(config: Config) -> str | None:
         return uri
     if os.environ.get("MLFLOW_TRACKING_URI"):
         return os.environ["MLFLOW_TRACKING_URI"]
-    return None if _on_network_file_system(config.run.dir) else sqlite_uri(config.run.dir)
+    mounts = Path("/proc/mounts").read_text(encoding="utf-8")
+    return None if on_network_file_system(config.run.dir, mounts) else sqlite_uri(config.run.dir)
 
 
 def sqlite_uri(folder: Path) -> str:
@@ -52,22 +57,23 @@ def sqlite_uri(folder: Path) -> str:
     return f"sqlite:///{folder.resolve()}/mlflow.db"
 
 
-def _on_network_file_system(path: Path) -> bool:
-    """By the type of the longest mount point above ``path``."""
+def on_network_file_system(path: Path, mounts: str) -> bool:
+    """By the type of the longest mount point above ``path``; ``mounts`` is the text of /proc/mounts."""
     resolved, best, kind = str(path.resolve()), "", ""
-    with open("/proc/mounts", encoding="utf-8") as mounts:
-        for line in mounts:
-            _, mount, file_system, *_ = line.split()
-            inside = mount == "/" or resolved == mount or resolved.startswith(mount.rstrip("/") + "/")
-            if inside and len(mount) >= len(best):
-                best, kind = mount, file_system
+    for line in mounts.splitlines():
+        _, mount, file_system, *_ = line.split()
+        inside = mount == "/" or resolved == mount or resolved.startswith(mount.rstrip("/") + "/")
+        if inside and len(mount) >= len(best):
+            best, kind = mount, file_system
     return kind.startswith(_NETWORK_FILE_SYSTEMS)
 
 
 def read_tracking(config: Config) -> dict[str, Any]:
     """What the mirror noted: URI, run ids, how far it got."""
-    path = config.run_folder / "mlflow.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    try:
+        return dict(json.loads((config.run_folder / "mlflow.json").read_text(encoding="utf-8")))
+    except (FileNotFoundError, ValueError, TypeError):  # absent or damaged: the next mirror pass writes it anew
+        return {}
 
 
 def needs_shipping(config: Config) -> bool:
@@ -100,6 +106,28 @@ def stage_summary(record: StageRecord) -> list[Any]:
     return [record.state, record.attempts, record.ended_unix_s, record.fingerprint]
 
 
+@contextmanager
+def shipper_lock(run_folder: Path) -> Iterator[None]:
+    """One mirror pass at a time for a run.
+
+    Raises:
+        ElectraError: Another one goes on for a minute: it ships already.
+    """
+    deadline = time.monotonic() + _LOCK_PATIENCE_S
+    with open(run_folder / ".shipper.lock", "w") as lock:
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise ElectraError(f"{run_folder}: another process ships this run to MLflow") from None
+                time.sleep(0.2)
+            except OSError:
+                break  # no locks on this file system
+        yield
+
+
 class Shipper:
     """The shipping process beside a run; a context manager.
 
@@ -118,8 +146,7 @@ class Shipper:
         (folder / "config.yaml").write_text(dump_yaml(_without_password(self._config)), encoding="utf-8")
         self._process = None
         if self._uri is None:
-            logger.info("tracking: the journal alone (tracking.uri=%s); `electra sync` ships it later",
-                        self._config.tracking.uri)  # fmt: skip
+            logger.info("tracking: the journal alone (tracking.uri=%s)", self._config.tracking.uri)
             return self
         logger.info("tracking: %s, experiment %s", redact(self._uri), self._config.tracking.experiment)
         with open(folder / "tracking.log", "a", encoding="utf-8") as log:
@@ -176,24 +203,30 @@ def sync_now(config: Config) -> str:
     """
     uri = resolve_uri(config) or (sqlite_uri(config.run.dir) if config.tracking.uri == "auto" else None)
     if uri is None:
-        raise ElectraError("tracking.uri=none: give the URI to ship to, as tracking.uri=…")
-    if not config.run_folder.exists():
+        raise ConfigError("tracking.uri=none: give the URI to ship to, as tracking.uri=…")
+    if not (config.run_folder / "run_id").exists():
         raise ElectraError(f"{config.run_folder}: no such run; check run.dir and run.name")
     os.environ.update(shipper_environment(uri))
     os.chdir(config.run.dir)
     try:
         from pipeline.tracking_mirror import Mirror
 
-        shipped = Mirror(config.run_folder, uri, config.tracking.experiment).mirror(owner_alive=False)
+        with shipper_lock(config.run_folder):
+            mirror = Mirror(config.run_folder, uri, config.tracking.experiment)
+            shipped = mirror.mirror(owner_alive=is_running(config))
+    except ElectraError:
+        raise
     except Exception as error:
         raise ElectraError(f"MLflow at {redact(uri)} cannot be reached: {first_line(error, uri)}") from error
     return f"{shipped} steps shipped to {redact(uri)}"
 
 
 def redact(uri: str) -> str:
-    """A URI without user and password."""
+    """A URI without user, password and query, which may hold them too."""
     scheme, separator, rest = uri.partition("://")
-    return f"{scheme}://{rest.split('@', 1)[1]}" if separator and "@" in rest.split("/", 1)[0] else uri
+    if not separator or scheme.startswith("sqlite"):
+        return uri
+    return f"{scheme}://{rest.rpartition('@')[2].partition('?')[0]}"
 
 
 def first_line(error: Exception, uri: str) -> str:

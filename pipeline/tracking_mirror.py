@@ -61,14 +61,14 @@ class Mirror:
             return 0
         parent = self._run("pipeline", self._identity, None)
         self._log_params(parent, self._config.flat())
-        shipped = 0
+        runs = {stage: self._run(stage, record.lineage, parent) for stage, record in records.items()}
+        shipped = self._ship_journal(runs["pretrain"]) if "pretrain" in runs else 0
         for stage, record in records.items():
-            run_id = self._run(stage, record.fingerprint, parent)
-            if stage == "pretrain":
-                shipped += self._ship_journal(run_id)
-            self._log_stage(stage, run_id, record, owner_alive)
+            self._log_stage(stage, runs[stage], record, owner_alive)
         self._set_status(parent, self._pipeline_status(records, owner_alive))
-        self._note(records)
+        for stage, record in records.items():  # last: the store of artifacts may be another one, and fail
+            self._log_artifacts(stage, runs[stage], record)
+        self._note({"pipeline": parent, **runs}, records)
         return shipped
 
     def _find_experiment(self, name: str) -> str:
@@ -86,14 +86,14 @@ class Mirror:
                 raise
             return found.experiment_id
 
-    def _run(self, stage: str, fingerprint: str, parent: str | None) -> str:
+    def _run(self, stage: str, lineage: str, parent: str | None) -> str:
         """The MLflow run of a stage, found by its tags or created with them in one call."""
-        key = f"{stage}/{fingerprint}"
+        key = f"{stage}/{lineage}"
         if key not in self._runs:
             tags = {
                 "electra.run_id": self._identity,
                 "electra.stage": stage,
-                "electra.fingerprint": fingerprint,
+                "electra.lineage": lineage,
             }
             wanted = " and ".join(f"tags.`{name}` = '{value}'" for name, value in tags.items())
             found = self._client.search_runs([self._experiment_id], wanted, max_results=1)
@@ -139,7 +139,7 @@ class Mirror:
         return len(entries)
 
     def _log_stage(self, stage: str, run_id: str, record: StageRecord, owner_alive: bool) -> None:
-        """Parameters, results, tags, artifacts and status of a stage, when something changed."""
+        """Parameters, results, tags and status of a stage, when something changed."""
         status = self._stage_status(record, owner_alive)
         seen = (status, record.attempts, record.ended_unix_s)
         if self._seen.get(run_id) == seen:
@@ -154,11 +154,13 @@ class Mirror:
         tags |= {f"electra.{key.lower()}": value for key, value in record.environment.get("slurm", {}).items()}
         tags |= {f"electra.{key}": str(value) for key, value in record.output.items() if key.endswith("sha256")}
         self._client.log_batch(run_id, metrics=results, tags=[RunTag(*tag) for tag in tags.items()])
-        self._log_artifacts(stage, run_id, record)
         self._set_status(run_id, status, record.ended_unix_s)
         self._seen[run_id] = seen
 
     def _log_artifacts(self, stage: str, run_id: str, record: StageRecord) -> None:
+        seen = stage_summary(record)
+        if self._seen.get(f"artifacts {run_id}") == seen:
+            return
         with tempfile.TemporaryDirectory() as folder:
             environment = Path(folder) / "environment.json"
             write_json(environment, record.environment)
@@ -166,6 +168,7 @@ class Mirror:
             for file in files:
                 if file.exists():
                     self._client.log_artifact(run_id, str(file))
+        self._seen[f"artifacts {run_id}"] = seen
 
     def _stage_status(self, record: StageRecord, owner_alive: bool) -> str:
         return "KILLED" if record.state == "running" and not owner_alive else _STATUS[record.state]
@@ -186,12 +189,10 @@ class Mirror:
             self._client.set_terminated(run_id, status, int((ended_unix_s or time.time()) * 1000))
         self._seen[f"status {run_id}"] = status
 
-    def _note(self, records: dict[str, StageRecord]) -> None:
+    def _note(self, runs: dict[str, str], records: dict[str, StageRecord]) -> None:
         """Leaves the run ids for `electra status`, and how far the mirror got."""
-        runs = {"pipeline": self._runs[f"pipeline/{self._identity}"]}
-        runs |= {stage: self._runs[f"{stage}/{record.fingerprint}"] for stage, record in records.items()}
-        mirrored = {stage: stage_summary(record) for stage, record in records.items()}
-        mirrored |= {"step": self._shipped_step.get(runs.get("pretrain", ""), 0)}
+        mirrored: dict[str, Any] = {stage: stage_summary(record) for stage, record in records.items()}
+        mirrored["step"] = self._shipped_step.get(runs.get("pretrain", ""), 0)
         noted = {"uri": redact(self._uri), "runs": runs, "mirrored": mirrored}
         if self._seen.get("noted") != noted:
             write_json(self._folder / "mlflow.json", noted)
@@ -206,7 +207,7 @@ def _metrics_of(entry: Entry) -> dict[str, float]:
         "progress/wall_s": entry["wall_s"],
     }
     named |= {name: value for name, value in entry.items() if "/" in name and not name.startswith("time/")}
-    return {name: float(value) for name, value in named.items()}
+    return {name: float(value) for name, value in named.items() if value is not None}
 
 
 def create_sqlite(path: Path) -> None:

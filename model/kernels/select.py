@@ -23,5 +23,5 @@ class Kernels:
 def select_kernels(backend: str) -> Kernels:
     """Resolves ``kernels.backend``: ``auto``, ``reference`` or ``torch``."""
     chosen = "torch" if backend == "auto" else backend
-    reason = "auto: torch's fused attention is the fastest here" if backend == "auto" else f"kernels.backend={backend}"
+    reason = "auto takes torch's own fused attention" if backend == "auto" else f"kernels.backend={backend}"
     return Kernels(attention=ATTENTION[chosen], names={"attention": chosen}, reason=reason)

@@ -22,6 +22,7 @@ from pipeline.config import EvaluateConfig
 from pipeline.evaluation.tasks import Example
 from pipeline.optimizer import ElectraAdamW, decay_groups
 from pipeline.schedule import linear_times_warmup
+from pipeline.stopping import StopRequest
 
 _EPS, _BETAS, _CLIP = 1e-6, (0.9, 0.999), 1.0  # as in pretraining
 _SEGMENT_B = 1
@@ -96,12 +97,12 @@ def encode(examples: list[Example], classes: list[str] | None, tokenizer: Tokeni
 def fine_tune(
     model: FineTunedElectra,
     train: list[Encoded],
-    dev: list[Encoded],
     config: EvaluateConfig,
     seed: int,
     device: str,
-) -> list[list[float]]:
-    """Trains and returns the outputs for each dev example, in their order."""
+    stop: StopRequest,
+) -> bool:
+    """Trains ``model``; returns False when told to stop before the end."""
     torch.manual_seed(seed)
     order = random.Random(seed)
     steps_per_epoch = -(-len(train) // config.batch_size)
@@ -114,6 +115,8 @@ def fine_tune(
         model.train()
         shuffled = order.sample(train, len(train))
         for first in range(0, len(shuffled), config.batch_size):
+            if stop.reason():
+                return False
             batch = shuffled[first : first + config.batch_size]
             for group in optimizer.param_groups:
                 group["lr"] = linear_times_warmup(group["peak_lr"], step, warmup_steps, total_steps)
@@ -123,7 +126,7 @@ def fine_tune(
             optimizer.step()
             optimizer.zero_grad()
             step += 1
-    return predict(model, dev, device)
+    return True
 
 
 @torch.no_grad()

@@ -4,8 +4,8 @@ A task is a YAML file, so a new one needs no code:
 
     name: continuation
     kind: pair                      # classification, pair or regression
-    train: ../sample/continuation/train.jsonl
-    dev: ../sample/continuation/dev.jsonl
+    train: continuation/train.jsonl
+    dev: continuation/dev.jsonl
     text: [text_a, text_b]          # fields of an example
     label: label
     metrics: [accuracy]             # the first one is the task's score
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
+from ruamel.yaml.error import YAMLError
 
 from data_shards.build import content_key
 from data_shards.corpus import digest_file
@@ -85,6 +86,8 @@ class Task:
         path = self.train_path if split == "train" else self.dev_path
         try:
             rows = _read_rows(path)
+            if not rows:
+                raise DamagedError(f"{path}: no examples in it; fetch the task's data again")
             return [self._example(row, number, path) for number, row in enumerate(rows)]
         except (UnicodeDecodeError, json.JSONDecodeError) as error:
             raise DamagedError(f"{path}: cannot be read ({error}); fetch the task's data again") from error
@@ -107,6 +110,8 @@ def load_tasks(config: Config) -> list[Task]:
     Raises:
         ConfigError: An unknown task, a wrong task file, or data that is not there.
     """
+    if not config.evaluate.tasks:
+        raise ConfigError("evaluate.tasks is empty; name tasks of configs/tasks, or task files of your own")
     tasks = [_load_task(name, config.evaluate.data_dir) for name in config.evaluate.tasks]
     names = [task.name for task in tasks]
     if len(set(names)) < len(names):
@@ -123,7 +128,9 @@ def _load_task(name: str, data_dir: Path | None) -> Task:
         config = TaskConfig.model_validate(parse_yaml(path.read_text(encoding="utf-8")))
     except ValidationError as error:
         first = error.errors()[0]
-        raise ConfigError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+        raise ConfigError(f"{path}: {'.'.join(map(str, first['loc'])) or 'content'}: {first['msg']}") from None
+    except YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML ({' '.join(str(error).split())[:200]})") from None
     base = data_dir or path.parent
     task = Task(config, base / config.train, base / config.dev)
     for file in (task.train_path, task.dev_path):

@@ -75,7 +75,7 @@ def test_the_loss_is_the_one_computed_by_hand(build_model, build_batch, changes)
     assert found["generator_nll"] == pytest.approx(nll, rel=1e-5)
     assert found["discriminator_bce"] == pytest.approx(bce, rel=1e-5)
     expected = {
-        "masked": 16, "generator_correct": correct, "hidden": hidden, "tokens": 72,
+        "masked": 16, "generator_correct": correct, "shows_mask": hidden, "tokens": 72,
         "replaced": int(labels.sum()), "discriminator_correct": right, "pairs": int(labels.sum() * (~labels).sum()),
     }  # fmt: skip
     assert {name: found[name] for name in expected} == expected

@@ -37,7 +37,7 @@ def collect(seed: int, weight: float = 1.0) -> tuple[Statistics, dict[str, torch
         "logits_NV": torch.rand(12, 4, generator=draw),
         "original_N": torch.randint(0, 4, (12,), generator=draw),
         "weights_N": (torch.arange(12) < 10).float() * weight,
-        "hidden_N": (torch.rand(12, generator=draw) < 0.85).float(),
+        "shows_mask_N": (torch.rand(12, generator=draw) < 0.85).float(),
         "bce_BT": torch.rand(3, 20, generator=draw),
         "rtd_logits_BT": torch.randn(3, 20, generator=draw),
         "is_replaced_BT": torch.rand(3, 20, generator=draw) < 0.3,
@@ -49,7 +49,7 @@ def test_metrics_are_what_their_names_say():
     statistics, arrays = collect(1)
     metrics = statistics.metrics(1.0, 50.0)
     counted = slice(0, 10)
-    nll, hidden = arrays["nll_N"][counted], arrays["hidden_N"][counted].bool()
+    nll, hidden = arrays["nll_N"][counted], arrays["shows_mask_N"][counted].bool()
     labels, scores = arrays["is_replaced_BT"].flatten(), arrays["rtd_logits_BT"].flatten()
     guesses = scores > 0
     correct = arrays["logits_NV"].argmax(1) == arrays["original_N"]

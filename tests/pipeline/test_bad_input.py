@@ -19,6 +19,31 @@ def test_missing_config(electra: Electra) -> None:
     assert "no such config file" in electra("run", "absent.yaml", code=78).stderr
 
 
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["optimizer.lr=.inf"], "optimizer.lr=inf: input should be a finite number"),
+        (["optimizer.betas=[1.5, 0.9]"], "optimizer.betas.0=1.5: input should be less than 1"),
+        (["data.corpora=text.txt"], "data.corpora='text.txt': must be a list"),
+        (["launch.processes=0"], "launch.processes=0: "),
+        (["tracking.uri=bogus://x"], "tracking.uri='bogus://x': has characters or a form that are not allowed"),
+        (["run.name=a/b"], "run.name='a/b': has characters or a form that are not allowed"),
+        (["run.fork_from=../x@1"], "run.fork_from='../x@1': has characters or a form"),
+        (
+            ["evaluate.max_length=1000", "evaluate.tasks=[x]"],
+            "evaluate.max_length=1000 exceeds model.max_pos",
+        ),
+        (["train=5"], "train=5: must be a section with keys"),
+    ],
+)
+def test_wrong_values_are_one_line_each(
+    config_path: Path, electra: Electra, overrides: list[str], message: str
+) -> None:
+    refused = electra("config", config_path, *overrides, code=78).stderr
+    assert message in refused
+    assert len(refused.strip().splitlines()) == 1, refused
+
+
 def test_unknown_command_and_option(electra: Electra) -> None:
     electra("rnu", code=64)
     electra("run", "--plam", "x.yaml", code=64)
@@ -162,6 +187,26 @@ def test_missing_task_data_and_unknown_task(config_path: Path, electra: Electra,
     assert "example 0 lacks one of text, label" in refused
 
 
+def test_evaluate_without_tasks(config_path: Path, electra: Electra) -> None:
+    electra("run", config_path, "train.steps=2")
+    assert "evaluate.tasks is empty" in electra("evaluate", config_path, "train.steps=2", code=78).stderr
+
+
+def test_damaged_final_checkpoint_is_named_with_the_remedy(config_path: Path, electra: Electra, write_task) -> None:
+    arguments = [config_path, "train.steps=5", f'evaluate.tasks=["{write_task()}"]']
+    electra("run", *arguments, "--until", "pretrain")
+    weights = config_path.parent / "out/runs/tiny/pretrain/checkpoints/step_00000005/weights.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-9] ^= 1
+    weights.write_bytes(content)
+    assert "content differs from its SHA-256" in electra("run", *arguments, code=65).stderr
+
+
+def test_corpus_in_a_form_that_is_not_read(config_path: Path, electra: Electra, tmp_path: Path) -> None:
+    (tmp_path / "text.txt.zst").write_bytes(b"x")
+    assert "files of this kind are not read" in electra("run", config_path, corpora(tmp_path), code=78).stderr
+
+
 def test_fp16_on_cpu(config_path: Path, electra: Electra) -> None:
     refused = electra("run", config_path, "train.precision=fp16", code=78).stderr
     assert "fp16 needs a GPU" in refused
@@ -191,6 +236,11 @@ def test_nan_is_skipped_counted_and_ends_in_93(config_path: Path, electra: Elect
     ended = electra(*arguments, code=93).stderr
     assert "5 steps with NaN or inf, more than train.max_skipped_steps=4" in ended
     assert "the update is skipped (1 so far)" in ended
+    entries = read_journal(config_path.parent / "out", "tiny")
+    skipped_from = next(entry["step"] for entry in entries if entry["train/skipped_steps"])
+    steps = [int(path.name[5:]) for path in (config_path.parent / "out/runs/tiny/pretrain/checkpoints").glob("step_*")]
+    assert steps
+    assert max(steps) < skipped_from, "a checkpoint was written after a step that was skipped"
 
 
 def test_text_lost_in_short_shards_is_said(config_path: Path, electra: Electra, tmp_path: Path) -> None:

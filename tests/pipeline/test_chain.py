@@ -26,7 +26,8 @@ def test_plan_says_what_and_why_and_changes_nothing(config_path: Path, electra: 
     assert plan_of(electra, config_path) == {
         "tokenize": "run     never started under this name", "pretrain": "wait    after tokenize",
     }  # fmt: skip
-    assert not (config_path.parent / "out" / "runs").exists()
+    electra("status", config_path)
+    assert not (config_path.parent / "out").exists()
 
 
 def test_finished_stages_are_up_to_date(done: Path, electra: Electra) -> None:
@@ -92,6 +93,56 @@ def test_fork_starts_from_the_parents_checkpoint(done: Path, electra: Electra) -
     assert child[3]["train/learning_rate"] == pytest.approx(parent[3]["train/learning_rate"] / 5)
     record = json.loads((done.parent / "out/runs/fork/pretrain/stage.json").read_text())
     assert record["inputs"]["science"]["run.fork_from"] == "chain@2"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model.hidden_layers=1"], "is of another model: discriminator.layers.1"),
+        (["model.hidden_size=16", "model.feed_forward_size=32"], "is of another model"),
+        (["tokenizer.normalization=nfkc"], "another tokenizer"),
+        (["train.steps=2"], "leaves nothing to train"),
+    ],
+)
+def test_fork_of_another_model_is_refused(done: Path, electra: Electra, overrides: list[str], message: str) -> None:
+    name = f"run.name=fork-{overrides[0].replace('.', '-').replace('=', '-')}"
+    refused = electra("run", done, name, "run.fork_from=chain@2", *STEPS, *overrides, code=78).stderr
+    assert message in refused
+
+
+def test_evaluating_another_model_than_was_pretrained_is_refused(done: Path, electra: Electra, write_task) -> None:
+    task = f'evaluate.tasks=["{write_task()}"]'
+    refused = electra("evaluate", done, "run.name=chain", *STEPS, task, "model.hidden_layers=1", code=78).stderr
+    assert "model.hidden_layers: 2 -> 1" in refused
+
+
+def test_lost_final_checkpoint_is_trained_again(done: Path, electra: Electra) -> None:
+    import shutil
+
+    electra("run", done, "run.name=lost", *STEPS)
+    shutil.rmtree(done.parent / "out/runs/lost/pretrain/checkpoints/step_00000004")
+    assert plan_of(electra, done, "run.name=lost", *STEPS)["pretrain"] == "resume  from step 2 of 4"
+    electra("run", done, "run.name=lost", *STEPS)
+    assert len(read_journal(done.parent / "out", "lost")) == 4
+
+
+def test_force_of_a_stage_that_does_not_run(done: Path, electra: Electra) -> None:
+    refused = electra(
+        "run", done, "run.name=chain", *STEPS, "--until", "tokenize", "--force", "pretrain", code=64
+    ).stderr
+    assert "not among those to run" in refused
+    assert "forced" in plan_of(electra, done, "run.name=chain", *STEPS, "--force", "pretrain")["pretrain"]
+
+
+def test_status_of_a_killed_run(done: Path, electra: Electra) -> None:
+    electra("run", done, "run.name=status", *STEPS)
+    record = done.parent / "out/runs/status/pretrain/stage.json"
+    record.write_text(record.read_text().replace('"state": "done"', '"state": "running"'))
+    (done.parent / "out/runs/status/mlflow.json").write_text("{")
+    status = json.loads(electra("status", done, "run.name=status", *STEPS, "--json").stdout)
+    assert status["stages"]["pretrain"]["state"] == "killed"
+    assert "evaluate" not in status["rerun"]
+    assert "pretrain  killed" in electra("status", done, "run.name=status", *STEPS).stdout
 
 
 def test_fork_from_a_step_without_checkpoint(done: Path, electra: Electra) -> None:

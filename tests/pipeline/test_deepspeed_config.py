@@ -30,6 +30,7 @@ def test_every_value_relied_on_is_emitted(config_path: Path, stage: int, precisi
         "gradient_clipping": 0.0 if own_clipping else 1.0,
         "bf16": {"enabled": precision == "bf16"},
         "fp16": {"enabled": precision == "fp16"},
+        "communication_data_type": "fp32",
         "data_types": {"grad_accum_dtype": precision if stage == 0 else "fp32"},
         "zero_allow_untested_optimizer": True,
         "prescale_gradients": False,

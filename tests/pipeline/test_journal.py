@@ -2,6 +2,9 @@
 
 from pathlib import Path
 
+import pytest
+
+from pipeline.errors import DamagedError
 from pipeline.journal import Journal, is_volatile, read_entries, without_volatile
 
 
@@ -25,9 +28,22 @@ def test_a_line_cut_short_by_a_kill_is_left_out(tmp_path: Path) -> None:
 
 def test_floats_survive_exactly(tmp_path: Path) -> None:
     path = tmp_path / "journal.jsonl"
-    values = [0.1 + 0.2, 1e-300, float("inf"), 2.0**-1074]
-    Journal(path, 0).append({"step": 1, "values": values})
-    assert read_entries(path)[0]["values"] == values
+    values = {"a": 0.1 + 0.2, "b": 1e-300, "c": 2.0**-1074}
+    Journal(path, 0).append({"step": 1, **values})
+    assert read_entries(path)[0] == {"step": 1, **values}
+
+
+def test_nan_and_infinity_are_null(tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+    Journal(path, 0).append({"step": 1, "train/grad_norm": float("inf"), "train/total_loss": float("nan")})
+    assert read_entries(path) == [{"step": 1, "train/grad_norm": None, "train/total_loss": None}]
+
+
+def test_a_damaged_line_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+    path.write_text('{"step": 1}\n{"st\n{"step": 3}\n')
+    with pytest.raises(DamagedError, match=r"journal\.jsonl: line 2 is not JSON"):
+        read_entries(path)
 
 
 def test_volatile_fields() -> None:

@@ -13,7 +13,7 @@ from mlflow import MlflowClient
 
 from pipeline.config_file import load_config
 from pipeline.distributed import free_port
-from pipeline.tracking import redact, resolve_uri, sqlite_uri
+from pipeline.tracking import on_network_file_system, redact, resolve_uri, sqlite_uri
 from tests.conftest import REPOSITORY, Electra, clean_environment
 
 STEPS = ["train.steps=6", "train.checkpoint_every=3"]
@@ -77,7 +77,7 @@ def test_syncing_again_changes_nothing(tracked: Path, shared_config: Path, elect
     assert set(Counter((run, key, step) for run, key, step, _ in before).values()) == {1}
 
 
-def test_unreachable_server_costs_nothing_and_sync_makes_up(shared_config: Path, electra: Electra) -> None:
+def test_unreachable_server_delays_no_step_and_sync_makes_up(shared_config: Path, electra: Electra) -> None:
     arguments = [shared_config, "run.name=offline", *STEPS]
     dead = f"tracking.uri=http://user:secret@127.0.0.1:{free_port()}"
     done = electra("run", *arguments, dead)
@@ -151,7 +151,9 @@ def test_kill_while_the_sqlite_file_is_created(tmp_path: Path) -> None:
         time.sleep(wait_s)
         process.kill()
         kills += process.wait() == -9
-        assert not path.exists() or process.returncode == 0
+        if path.exists():  # it was whole before the kill came
+            assert MlflowClient(f"sqlite:///{path}").search_experiments()
+            path.unlink()
     assert kills >= 1
     assert create(path).wait() == 0
     assert MlflowClient(f"sqlite:///{path}").search_experiments()
@@ -169,12 +171,71 @@ def test_where_auto_leads(config_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     config = load_config(config_path, ("tracking.uri=auto",))
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     assert resolve_uri(config) == sqlite_uri(config.run.dir)
-    monkeypatch.setattr("pipeline.tracking._on_network_file_system", lambda path: True)
+    monkeypatch.setattr("pipeline.tracking.on_network_file_system", lambda path, mounts: True)
     assert resolve_uri(config) is None
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:1")
     assert resolve_uri(config) == "http://127.0.0.1:1"
 
 
+def test_network_file_systems_are_recognised() -> None:
+    mounts = "a / ext4 rw 0 0\nb /home nfs4 rw 0 0\nc /home/me/fast xfs rw 0 0\nd /scratch lustre rw 0 0\n"
+    known = {"/tmp/x": False, "/home/me": True, "/home/me/fast/run": False, "/scratch/run": True, "/scratchy": False}
+    assert {path: on_network_file_system(Path(path), mounts) for path in known} == known
+
+
 def test_no_password_in_what_is_shown() -> None:
     assert redact("http://me:pw@host:80/x") == "http://host:80/x"
+    assert redact("http://me:p@ss@host/x") == "http://host/x"
+    assert redact("postgresql://me:p/w@host/db?user=u&password=secret") == "postgresql://host/db"
     assert redact("sqlite:////a@b/mlflow.db") == "sqlite:////a@b/mlflow.db"
+
+
+def test_forced_stage_gets_an_mlflow_run_of_its_own(tracked: Path, shared_config: Path, electra: Electra) -> None:
+    arguments = [shared_config, "run.name=forced-again", "tracking.uri=auto", *STEPS]
+    electra("run", *arguments)
+    first = json.loads((tracked / "runs/forced-again/mlflow.json").read_text())["runs"]["pretrain"]
+    electra("run", *arguments, "--force", "pretrain")
+    second = json.loads((tracked / "runs/forced-again/mlflow.json").read_text())["runs"]["pretrain"]
+    assert first != second
+    history = MlflowClient(sqlite_uri(tracked)).get_metric_history(second, "train/total_loss")
+    assert [metric.step for metric in history] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_failing_artifact_store_keeps_back_artifacts_only(
+    tracked: Path, shared_config: Path, electra: Electra, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pipeline.tracking_mirror import Mirror
+
+    electra("run", shared_config, "run.name=artless", *STEPS)
+    mirror = Mirror(tracked / "runs/artless", sqlite_uri(tracked), "electra")
+
+    def fail(*_: object) -> None:
+        raise OSError("no artifact store")
+
+    monkeypatch.setattr(mirror._client, "log_artifact", fail)
+    with pytest.raises(OSError, match="no artifact store"):
+        mirror.mirror(owner_alive=False)
+    run_id = mirror._run(
+        "pretrain", json.loads((tracked / "runs/artless/pretrain/stage.json").read_text())["lineage"], None
+    )
+    found = MlflowClient(sqlite_uri(tracked)).get_run(run_id)
+    assert found.info.status == "FINISHED"
+    assert found.data.metrics["progress/tokens"] == 6 * 8 * 32
+
+
+def test_sync_beside_a_running_stage_leaves_it_running(tracked: Path, shared_config: Path, electra: Electra) -> None:
+    from pipeline.stages import read_record, run_lock, write_record
+
+    arguments = [shared_config, "run.name=beside", "tracking.uri=auto", *STEPS]
+    electra("run", *arguments)
+    config = load_config(shared_config, ("run.name=beside",))
+    record = read_record(config, "pretrain")
+    assert record
+    record.state, record.attempts = "running", 2
+    write_record(config, record)
+    run_id = json.loads((tracked / "runs/beside/mlflow.json").read_text())["runs"]["pretrain"]
+    with run_lock(config):
+        electra("sync", *arguments)
+    assert MlflowClient(sqlite_uri(tracked)).get_run(run_id).info.status == "RUNNING"
+    electra("sync", *arguments)
+    assert MlflowClient(sqlite_uri(tracked)).get_run(run_id).info.status == "KILLED"
