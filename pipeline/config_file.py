@@ -6,6 +6,7 @@ paths in a file resolve against its folder, in an argument against the current o
 
 import difflib
 import io
+import os
 from pathlib import Path
 from typing import Any, get_args
 
@@ -146,7 +147,7 @@ def _resolve_paths(values: dict[str, Any], base: Path) -> None:
 
 
 def _absolute(path: str, base: Path) -> Path:
-    return base / Path(path).expanduser()
+    return Path(os.path.normpath(base / Path(path).expanduser()))
 
 
 def _resolve_task(task: Any, base: Path) -> Any:

@@ -112,15 +112,7 @@ def run_pretrain(config: Config, record: StageRecord, process: Process) -> None:
     kernels = select_kernels(config.kernels.backend)
     _check_disk(folder, plan)
     peak, peak_source = peak_flops(device, threads)
-    for name, value in describe(plan):
-        logger.info("%-32s %s", name, value)
-    logger.info("%-32s %.1f over %s rows", "epochs", plan.total_tokens / plan.sequence_length_tokens / loader.num_rows,
-                f"{loader.num_rows:,}")  # fmt: skip
-    if loader.share_in_rows < _LEAST_SHARE_IN_ROWS:
-        logger.warning(
-            "only %.0f %% of the tokens lie in rows: shards of small files are shorter than two rows of %d tokens; "
-            "join the files, or raise data.task_bytes", 100 * loader.share_in_rows, plan.sequence_length_tokens,
-        )  # fmt: skip
+    _log_plan(plan, loader)
     logger.info("kernels: %s (%s)", kernels.names, kernels.reason)
     logger.info("MFU refers to %.2f TFLOP/s per process (%s)", peak / 1e12, peak_source)
 
@@ -170,7 +162,7 @@ def _train(run: "_Run", batches: MicroBatches, stop: StopRequest) -> None:
             config.optimizer.lr, state.applied_steps, config.optimizer.warmup_steps, config.train.steps
         )
         result = run.engine.step(
-            micro_batches, GlobalCounts(masked, tokens), lr, partial(batches.dropout_seed, state.step)
+            micro_batches, GlobalCounts(max(masked, 1.0), tokens), lr, partial(batches.dropout_seed, state.step)
         )
         state.step += 1
         run.account(result, time.monotonic() - began)
@@ -285,6 +277,18 @@ class _Run:
                 open_sums = open_sums + sums
             self.state.open_sums = open_sums.tolist()
             self._pending.clear()
+
+
+def _log_plan(plan: Plan, loader: RowLoader) -> None:
+    for name, value in describe(plan):
+        logger.info("%-32s %s", name, value)
+    logger.info("%-32s %.1f over %s rows", "epochs", plan.total_tokens / plan.sequence_length_tokens / loader.num_rows,
+                f"{loader.num_rows:,}")  # fmt: skip
+    if loader.share_in_rows < _LEAST_SHARE_IN_ROWS:
+        logger.warning(
+            "only %.0f %% of the tokens lie in rows: shards of small files are shorter than two rows of %d tokens; "
+            "join the files, or raise data.task_bytes", 100 * loader.share_in_rows, plan.sequence_length_tokens,
+        )  # fmt: skip
 
 
 def _choose_algorithms(deterministic: bool) -> None:

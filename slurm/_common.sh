@@ -72,7 +72,12 @@ announce() {
   commit=$(git -C "$repo" rev-parse --short HEAD 2>/dev/null) || commit=unknown
   say "$(date +%Y-%m-%dT%H:%M:%S%z) job=${SLURM_JOB_ID:-none} restart=${SLURM_RESTART_COUNT:-0}" \
     "nodes=${SLURM_JOB_NODELIST:-$(hostname)} tasks=${SLURM_NTASKS:-1} commit=$commit"
-  say "$stage $config ${arguments[*]}"
+  local shown=() argument
+  for argument in "${arguments[@]}"; do # a tracking URI may hold a password
+    if [[ $argument == tracking.uri=* ]]; then argument=tracking.uri=...; fi
+    shown+=("$argument")
+  done
+  say "$stage $config ${shown[*]}"
 }
 
 # Slurm warns the batch shell only (--signal=B:USR2@300). scancel without --batch reaches the steps only.

@@ -1,6 +1,7 @@
 """The house plan as tests: who may import whom, how long things may grow, what every folder has."""
 
 import ast
+import re
 import subprocess
 from pathlib import Path
 
@@ -79,9 +80,15 @@ def test_top_level_is_fixed() -> None:
 
 
 def test_every_folder_has_a_readme() -> None:
-    folders = {Path(name).parent for name in tracked_files() if not name.startswith((".", "data_shards/sample/"))}
+    data = "data_shards/sample/"  # LICENSE.md there says what each file is
+    folders = {Path(name).parent for name in tracked_files() if not name.startswith((".", data))}
     missing = [str(folder) for folder in folders if not (REPOSITORY / folder / "README.md").exists()]
     assert not missing
+
+
+def test_no_page_has_a_place_left_to_fill_in() -> None:
+    pages = [REPOSITORY / name for name in tracked_files() if name.endswith(".md")]
+    assert not [page for page in pages if re.search(r"^[A-Z_]+_TABLE$", page.read_text(encoding="utf-8"), re.M)]
 
 
 def test_no_large_file_is_tracked() -> None:

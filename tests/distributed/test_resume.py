@@ -1,17 +1,17 @@
 """Killed, stopped, moved to other processes: the run that comes back is the same run."""
 
-import os
 import signal
 import sqlite3
 import subprocess
 import time
 from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from pipeline.journal import without_volatile
-from tests.conftest import REPOSITORY, Electra, clean_environment, command, read_journal
+from tests.conftest import REPOSITORY, TINY, Electra, clean_environment, command, make_text, read_journal
 
 pytestmark = pytest.mark.distributed
 
@@ -20,19 +20,37 @@ def zero(stage: int) -> str:
     return f"deepspeed.config={REPOSITORY / 'configs' / 'deepspeed' / f'zero{stage}.json'}"
 
 
-def start(*arguments: object) -> subprocess.Popen:
-    return subprocess.Popen(
-        command(*arguments), env=clean_environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+Start = Callable[..., subprocess.Popen]
+
+
+@pytest.fixture
+def start() -> Iterator[Start]:
+    """Starts the command line in the background; what still runs when the test ends is killed."""
+    processes: list[subprocess.Popen] = []
+
+    def run(*arguments: object) -> subprocess.Popen:
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        processes.append(subprocess.Popen(command(*arguments), env=clean_environment(), **quiet))
+        return processes[-1]
+
+    yield run
+    for process in processes:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+
+
+def wait_until(condition: Callable[[], bool], process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None, f"ended with {process.returncode} too early"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def wait_for_step(run_dir: Path, name: str, step: int, process: subprocess.Popen) -> None:
     path = run_dir / "runs" / name / "pretrain" / "journal.jsonl"
-    deadline = time.monotonic() + 120
-    while not path.exists() or path.read_text().count("\n") < step:
-        assert process.poll() is None, f"ended with {process.returncode} before step {step}"
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_until(lambda: path.exists() and path.read_text().count("\n") >= step, process)
 
 
 def same_run(one: list[dict], other: list[dict]) -> bool:
@@ -44,7 +62,7 @@ def weights(run_dir: Path, name: str, step: int) -> tuple[bytes, bytes]:
     return (folder / "weights.safetensors").read_bytes(), (folder / "optimizer.safetensors").read_bytes()
 
 
-def test_kill_9_then_the_same_command_gives_the_same_run(shared_config: Path, electra: Electra) -> None:
+def test_kill_9_then_the_same_command_gives_the_same_run(shared_config: Path, electra: Electra, start: Start) -> None:
     run_dir = shared_config.parent / "out"
     arguments = ["run", shared_config, "train.steps=60", "tracking.uri=auto", zero(0)]
     electra(*arguments, "run.name=whole")
@@ -76,11 +94,11 @@ def assert_in_mlflow_once(database: Path, name: str, steps: int) -> None:
 
 @pytest.mark.parametrize(("stage", "processes", "precision"), [(1, 2, "bf16"), (2, 2, "fp32"), (3, 2, "fp32")])
 def test_stopped_and_resumed_is_bitwise_the_same(
-    shared_config: Path, electra: Electra, stage: int, processes: int, precision: str
+    shared_config: Path, electra: Electra, start: Start, stage: int, processes: int, precision: str
 ) -> None:
     run_dir, name = shared_config.parent / "out", f"stop{stage}"
     arguments = [
-        "run", shared_config, "train.steps=16", "train.log_every=2", f"launch.processes={processes}", zero(stage),
+        "run", shared_config, "train.steps=40", "train.log_every=2", f"launch.processes={processes}", zero(stage),
         f"train.precision={precision}",
     ]  # fmt: skip
     electra(*arguments, f"run.name={name}-whole")
@@ -90,12 +108,12 @@ def test_stopped_and_resumed_is_bitwise_the_same(
     assert process.wait(120) == 85
     electra(*arguments, f"run.name={name}")
     assert same_run(read_journal(run_dir, f"{name}-whole"), read_journal(run_dir, name))
-    assert weights(run_dir, f"{name}-whole", 16) == weights(run_dir, name, 16)
+    assert weights(run_dir, f"{name}-whole", 40) == weights(run_dir, name, 40)
 
 
-def test_another_number_of_processes_and_stage_goes_on(shared_config: Path, electra: Electra) -> None:
+def test_another_number_of_processes_and_stage_goes_on(shared_config: Path, electra: Electra, start: Start) -> None:
     run_dir = shared_config.parent / "out"
-    arguments = ["run", shared_config, "train.steps=14"]
+    arguments = ["run", shared_config, "train.steps=40"]
     electra(*arguments, "run.name=steady", zero(0))
     process = start(*arguments, "run.name=moved", "launch.processes=2", zero(3))
     wait_for_step(run_dir, "moved", 4, process)
@@ -105,7 +123,7 @@ def test_another_number_of_processes_and_stage_goes_on(shared_config: Path, elec
     assert "world_size changed from 2 to 1" in done.stderr
     for a, b in zip(read_journal(run_dir, "steady"), read_journal(run_dir, "moved"), strict=True):
         assert b["train/total_loss"] == pytest.approx(a["train/total_loss"], rel=1e-4)
-        assert b["train/grad_norm"] == pytest.approx(a["train/grad_norm"], rel=1e-3)
+        assert b["train/grad_norm"] == pytest.approx(a["train/grad_norm"], rel=2e-3)
 
 
 def test_stop_after_seconds_exits_85_with_everything_saved(shared_config: Path, electra: Electra) -> None:
@@ -117,24 +135,64 @@ def test_stop_after_seconds_exits_85_with_everything_saved(shared_config: Path, 
     assert f"stopped at step {max(steps):,}" in done.stderr
 
 
-def test_processes_die_with_the_command(shared_config: Path) -> None:
+def test_processes_die_with_the_command(shared_config: Path, start: Start) -> None:
     process = start("run", shared_config, "run.name=orphan", "train.steps=100000", "launch.processes=2")
     wait_for_step(shared_config.parent / "out", "orphan", 2, process)
-    children = subprocess.run(
-        ["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True
-    ).stdout.split()
+    children = children_of(process.pid)
     assert len(children) >= 2
     process.kill()
     process.wait()
     deadline = time.monotonic() + 10
-    while any(_is_running(int(child)) for child in children):
+    while any(is_alive(child) for child in children):
         assert time.monotonic() < deadline, "a process outlived the command that started it"
         time.sleep(0.1)
 
 
-def _is_running(pid: int) -> bool:
+def test_tokenize_stops_with_its_workers_and_goes_on(tmp_path: Path, electra: Electra, start: Start) -> None:
+    text = tmp_path / "long.txt"
+    text.write_text(make_text(3000) * 15, encoding="utf-8")
+    config = tmp_path / "tiny.yaml"
+    config.write_text(TINY.format(run_dir=tmp_path / "out", corpus=text), encoding="utf-8")
+    arguments = ["tokenize", config, "data.num_workers=2", "data.task_bytes=500000", "tokenizer.sample_bytes=200000"]
+    process = start(*arguments)
+    wait_until(lambda: bool(list(tmp_path.glob("out/shards/*/tasks/*.json"))), process)
+    workers = children_of(process.pid)
+    process.terminate()
+    assert process.wait(60) == 85
+    assert workers
+    assert not any(is_alive(worker) for worker in workers)
+    done = len(list(tmp_path.glob("out/shards/*/tasks/*.json")))
+    assert not list(tmp_path.glob("out/shards/*/MANIFEST.json"))
+    assert "tokenize: resume (stopped before" in electra(*arguments).stderr
+    assert len(list(tmp_path.glob("out/shards/*/tasks/*.json"))) > done
+
+
+def test_evaluate_stops_and_goes_on(shared_config: Path, electra: Electra, start: Start, write_task) -> None:
+    arguments = [shared_config, "run.name=halted", "train.steps=4", f'evaluate.tasks=["{write_task()}"]']
+    electra("run", *arguments, "--until", "pretrain")
+    log = shared_config.parent / "out/runs/halted/evaluate/log.txt"
+    process = start("evaluate", *arguments, "evaluate.epochs=100000")
+    wait_until(lambda: log.exists() and "units to do" in log.read_text(), process)
+    process.send_signal(signal.SIGUSR2)
+    assert process.wait(60) == 85
+    electra("evaluate", *arguments)
+
+
+def test_a_signal_before_anything_has_begun_exits_85(shared_config: Path, start: Start) -> None:
+    process = start("run", shared_config, "run.name=early", "train.steps=100000")
+    wait_until(lambda: bool(children_of(process.pid)), process)
+    time.sleep(0.7)  # the process of the stage is importing now
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 85
+
+
+def children_of(pid: int) -> list[int]:
+    found = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True, check=False)
+    return [int(child) for child in found.stdout.split()]
+
+
+def is_alive(pid: int) -> bool:
     try:
-        os.kill(pid, 0)
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except (ProcessLookupError, FileNotFoundError):
         return False

@@ -113,11 +113,20 @@ def test_flipped_byte_in_a_shard_is_found_by_verify(config_path: Path, electra: 
     content = bytearray(shard.read_bytes())
     content[50] ^= 1
     shard.write_bytes(content)
-    assert "content differs" in electra("shards", "verify", shard.parent, code=65).stderr
+    refused = electra("shards", "verify", shard.parent, code=65).stderr
+    assert "content differs" in refused
+    assert f"delete {shard.parent} and run `electra tokenize` again" in refused
 
 
-def test_batch_that_does_not_divide(config_path: Path, electra: Electra) -> None:
-    assert "is not a multiple of" in electra("run", config_path, "train.micro_batch_size=3", code=78).stderr
+def test_looking_into_shards(config_path: Path, electra: Electra) -> None:
+    electra("tokenize", config_path)
+    (folder,) = (config_path.parent / "out/shards").glob("made_up-*")
+    (tokenizer,) = (config_path.parent / "out").glob("tokenizers/*/tokenizer.model")
+    assert "train     2" in electra("shards", "stats", folder).stdout
+    shown = electra("shards", "peek", folder, "--tokenizer", tokenizer, "--length", 16).stdout.split("\n\n")
+    assert shown[0].startswith("[CLS] ")
+    assert len(shown[0].split()) == 16
+    electra("shards", "peek", folder, "--tokenizer", tokenizer, "--rows", 0, code=64)
 
 
 def test_too_few_rows_for_one_batch(config_path: Path, electra: Electra) -> None:

@@ -112,7 +112,8 @@ def test_wrong_value_names_place_value_and_constraint(config_path: Path) -> None
         load_config(config_path, ("train.precision=half",))
 
 
-def test_batch_that_does_not_divide(config_path: Path) -> None:
+def test_batch_that_does_not_divide(config_path: Path, electra: Electra) -> None:
+    assert "not a multiple" in electra("run", config_path, "train.micro_batch_size=3", code=78).stderr
     with pytest.raises(ConfigError, match=r"global_batch_size=8 is not a multiple of train\.micro_batch_size=3"):
         load_config(config_path, ("train.micro_batch_size=3",))
 

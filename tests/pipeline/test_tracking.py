@@ -178,8 +178,8 @@ def test_where_auto_leads(config_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_network_file_systems_are_recognised() -> None:
-    mounts = "a / ext4 rw 0 0\nb /home nfs4 rw 0 0\nc /home/me/fast xfs rw 0 0\nd /scratch lustre rw 0 0\n"
-    known = {"/tmp/x": False, "/home/me": True, "/home/me/fast/run": False, "/scratch/run": True, "/scratchy": False}
+    mounts = "a / ext4 rw 0 0\nb /data nfs4 rw 0 0\nc /data/fast xfs rw 0 0\nd /scratch lustre rw 0 0\n"
+    known = {"/tmp/x": False, "/data/me": True, "/data/fast/run": False, "/scratch/run": True, "/scratchy": False}
     assert {path: on_network_file_system(Path(path), mounts) for path in known} == known
 
 
