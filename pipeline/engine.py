@@ -105,7 +105,7 @@ class Engine:
                 gradient_norm, applied = self._update(lr)
             else:
                 self._engine.step()
-        scaled_down = not applied and self.settings["fp16"]["enabled"] and self._engine.loss_scale() > 1
+        scaled_down = not applied and self.settings["fp16"]["enabled"] and self._engine.optimizer.loss_scale > 1
         return StepResult(statistics, gradient_norm, applied, scaled_down)
 
     def _update(self, lr: float) -> tuple[float, bool]:

@@ -4,6 +4,7 @@ import logging
 import os
 import sys
 from pathlib import Path
+from typing import TextIO
 
 logger = logging.getLogger("electra")
 
@@ -23,13 +24,25 @@ class _RankFilter(logging.Filter):
         return self.rank == 0 or record.levelno >= logging.WARNING
 
 
+class _StderrHandler(logging.StreamHandler):
+    """Writes to what ``sys.stderr`` is at the moment: a live bar puts itself in between."""
+
+    @property
+    def stream(self) -> TextIO:
+        return sys.stderr
+
+    @stream.setter
+    def stream(self, value: TextIO) -> None:
+        del value
+
+
 def set_up_logging(rank: int = 0) -> None:
     """Sends lines to stderr; ranks other than 0 speak only to warn."""
     for handler in list(logger.handlers):
         logger.removeHandler(handler)
     logger.setLevel(logging.INFO)
     logger.propagate = False
-    _add(logging.StreamHandler(sys.stderr), rank)
+    _add(_StderrHandler(), rank)
     quiet_libraries()
 
 

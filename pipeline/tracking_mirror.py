@@ -219,8 +219,11 @@ def create_sqlite(path: Path) -> None:
     if path.exists():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}.tmp")
-    temporary.unlink(missing_ok=True)
+    prefix = f".{path.name}.{os.uname().nodename}."
+    for leftover in path.parent.glob(f"{prefix}*.tmp*"):  # of creators on this host that were killed
+        if not Path(f"/proc/{leftover.name.removeprefix(prefix).split('.')[0]}").exists():
+            leftover.unlink(missing_ok=True)
+    temporary = path.with_name(f"{prefix}{os.getpid()}.tmp")
     MlflowClient(tracking_uri=f"sqlite:///{temporary}").search_experiments()
     with suppress(FileExistsError):  # another client was first; its file is as good
         os.link(temporary, path)

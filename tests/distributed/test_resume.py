@@ -1,11 +1,13 @@
 """Killed, stopped, moved to other processes: the run that comes back is the same run."""
 
+import os
 import signal
 import sqlite3
 import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -90,6 +92,22 @@ def assert_in_mlflow_once(database: Path, name: str, steps: int) -> None:
     counts = Counter(rows)
     assert set(counts.values()) == {1}
     assert {step for key, step in counts if key == "train/total_loss"} == set(range(1, steps + 1))
+
+
+def test_kill_9_while_mlflow_creates_its_file(config_path: Path, electra: Electra, start: Start) -> None:
+    run_dir = config_path.parent / "out"
+    arguments = ["run", config_path, "tracking.uri=auto"]
+    process = start(*arguments)
+    wait_until(lambda: bool(list(run_dir.glob(".mlflow.db.*.tmp"))), process)
+    children = children_of(process.pid)  # the shipper among them
+    process.kill()
+    for child in children:
+        with suppress(ProcessLookupError):
+            os.kill(child, signal.SIGKILL)
+    assert not (run_dir / "mlflow.db").exists()
+    electra(*arguments)
+    assert_in_mlflow_once(run_dir / "mlflow.db", "tiny", steps=20)
+    assert not list(run_dir.glob(".mlflow.db.*"))
 
 
 @pytest.mark.parametrize(("stage", "processes", "precision"), [(1, 2, "bf16"), (2, 2, "fp32"), (3, 2, "fp32")])
