@@ -15,10 +15,11 @@ import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from data_shards.corpus import Corpus, Task, corpus_files, digest_file, plan_tasks, read_documents
 from data_shards.errors import DamagedDataError
@@ -161,55 +162,47 @@ def build_folder(
         on_task: Called with (tasks done, tasks in all, result) after each task.
     """
     (job.folder / "tasks").mkdir(parents=True, exist_ok=True)
-    with open(job.folder.with_name(f".{job.folder.name}.lock"), "w") as lock:
-        if _waited_for(lock) and (job.folder / MANIFEST).exists():  # another run has built it
+    with _locked(job.folder) as waited:
+        if waited and (job.folder / MANIFEST).exists():  # another run has built it
             return read_manifest(job.folder)
-        return _build_locked(job, inputs, task_bytes, num_workers, on_task)
-
-
-def _waited_for(lock: IO[str]) -> bool:
-    """Takes the lock; returns whether another process had it."""
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return False
-    except BlockingIOError:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        return True
-    except OSError:  # no locks on this file system: one build of a folder at a time, by agreement
-        return False
-
-
-def _build_locked(
-    job: FolderJob,
-    inputs: dict[str, Any],
-    task_bytes: int,
-    num_workers: int,
-    on_task: Callable[[int, int, TaskResult], None],
-) -> Manifest:
-    tasks = plan_tasks(job.corpus, task_bytes)
-    results = {task.index: result for task in tasks if (result := _finished(job, task))}
-    missing = [task for task in tasks if task.index not in results]
-    for result in _run_tasks(job, missing, num_workers):
-        results[result.task.index] = result
-        on_task(len(results), len(tasks), result)
-    tokenizer = Tokenizer(job.tokenizer_path)
-    manifest = Manifest(
-        corpus=job.corpus.name,
-        key=job.key,
-        inputs=inputs,
-        tokenizer_sha256=tokenizer.digest,
-        dtype=str(tokenizer.dtype),
-        shards=tuple(shard for index in sorted(results) for shard in results[index].shards),
-    )
-    if manifest.num_documents() == 0:
-        raise DamagedDataError(
-            f"{job.corpus.path}: corpus {job.corpus.name!r} has no document to train on; "
-            "check the path, data.corpora's `documents` and data.held_out_fraction"
+        tasks = plan_tasks(job.corpus, task_bytes)
+        results = {task.index: result for task in tasks if (result := _finished(job, task))}
+        missing = [task for task in tasks if task.index not in results]
+        for result in _run_tasks(job, missing, num_workers):
+            results[result.task.index] = result
+            on_task(len(results), len(tasks), result)
+        tokenizer = Tokenizer(job.tokenizer_path)
+        manifest = Manifest(
+            corpus=job.corpus.name,
+            key=job.key,
+            inputs=inputs,
+            tokenizer_sha256=tokenizer.digest,
+            dtype=str(tokenizer.dtype),
+            shards=tuple(shard for index in sorted(results) for shard in results[index].shards),
         )
-    for leftover in job.folder.rglob(".*.tmp"):
-        leftover.unlink()
-    write_manifest(job.folder, manifest)
-    return manifest
+        if manifest.num_documents() == 0:
+            raise DamagedDataError(
+                f"{job.corpus.path}: corpus {job.corpus.name!r} has no document to train on; "
+                "check the path, data.corpora's `documents` and data.held_out_fraction"
+            )
+        for leftover in job.folder.rglob(".*.tmp"):
+            leftover.unlink()
+        write_manifest(job.folder, manifest)
+        return manifest
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[bool]:
+    """Holds the folder's lock; yields whether another process had it before."""
+    with open(folder.with_name(f".{folder.name}.lock"), "w") as lock:
+        waited = False
+        with suppress(OSError):  # no locks on this file system: one build of a folder at a time, by agreement
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                waited = True
+        yield waited
 
 
 def _run_tasks(job: FolderJob, tasks: list[Task], num_workers: int) -> Iterator[TaskResult]:

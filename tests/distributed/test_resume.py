@@ -185,6 +185,17 @@ def test_tokenize_stops_with_its_workers_and_goes_on(tmp_path: Path, electra: El
     assert len(list(tmp_path.glob("out/shards/*/tasks/*.json"))) > done
 
 
+def test_two_runs_may_tokenize_one_corpus_at_once(tmp_path: Path, start: Start) -> None:
+    text = tmp_path / "long.txt"
+    text.write_text(make_text(3000) * 4, encoding="utf-8")
+    config = tmp_path / "tiny.yaml"
+    config.write_text(TINY.format(run_dir=tmp_path / "out", corpus=text), encoding="utf-8")
+    settings = ["data.num_workers=2", "data.task_bytes=100000", "tokenizer.sample_bytes=200000"]
+    both = [start("tokenize", config, f"run.name={name}", *settings) for name in ("one", "other")]
+    assert [process.wait(120) for process in both] == [0, 0]
+    assert len(list(tmp_path.glob("out/shards/*/MANIFEST.json"))) == 1
+
+
 def test_evaluate_stops_and_goes_on(shared_config: Path, electra: Electra, start: Start, write_task) -> None:
     arguments = [shared_config, "run.name=halted", "train.steps=4", f'evaluate.tasks=["{write_task()}"]']
     electra("run", *arguments, "--until", "pretrain")
