@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -68,7 +69,8 @@ def test_job_scripts_find_the_repository_with_the_same_lines():
 @pytest.mark.parametrize("script", [*SCRIPTS, SLURM / "site.env.example"], ids=by_name)
 def test_shellcheck(script: Path):
     if shutil.which("shellcheck") is None:
-        pytest.skip("shellcheck is not installed")
+        required = os.environ.get("ELECTRA_REQUIRE_ALL") == "1"
+        pytest.fail("shellcheck is not installed") if required else pytest.skip("shellcheck is not installed")
     command = [
         "shellcheck",
         "--shell=bash",
