@@ -85,9 +85,10 @@ class Watch:
 
     def __init__(self):
         self._seen: dict[Path, tuple[tuple[int, int], float]] = {}
+        self._changed: set[Path] = set()
 
     def is_alive(self, path: Path) -> bool:
-        """Whether the owner of a temporary file is at work: the file grew within the last minute.
+        """Whether the owner of a temporary file is at work: the file grew or was touched within the last minute.
 
         Clocks of other nodes are not trusted: the minute begins when this process first sees the file as it is.
         """
@@ -100,5 +101,11 @@ class Watch:
             return False
         state, now = (status.st_size, status.st_mtime_ns), time.monotonic()
         if path not in self._seen or self._seen[path][0] != state:
+            if path in self._seen:
+                self._changed.add(path)
             self._seen[path] = (state, now)
         return now - self._seen[path][1] < _SILENT_AFTER_S
+
+    def is_beating(self, path: Path) -> bool:
+        """Whether the owner is alive and this process has seen the file change: a dead one's never does."""
+        return self.is_alive(path) and path in self._changed

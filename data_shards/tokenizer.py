@@ -112,6 +112,14 @@ class Tokenizer:
         """Ids of one text, without special tokens."""
         return list(map(int, self._engine.encode_batch([text])[0]))
 
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids as ``encode`` gives them, and for each the characters ``[begin, end)`` of ``text`` that it stands for.
+
+        White space belongs to no token; a piece that stands for nothing else is an empty range.
+        """
+        ids, spans = self._engine.encode_with_offsets(text)
+        return ids, [_without_outer_spaces(text, begin, end) for begin, end in spans]
+
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ids; special tokens decode to nothing."""
         return self._engine.decode([int(i) for i in ids])
@@ -144,6 +152,10 @@ class Engine(Protocol):
 
     def cached_encoder(self, encode_batch: EncodeBatch) -> EncodeBatch | None:
         """An encoder that encodes each word once, with the same ids; None where that is not so."""
+        ...
+
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids of a text, and the characters of it that each stands for."""
         ...
 
     def decode(self, ids: list[int]) -> str: ...  # noqa: D102
@@ -191,6 +203,12 @@ class SentencePieceEngine:
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
         """Ids of each text, int32."""
         return self._model.encode_as_numpy(texts, num_threads=1)  # tokenize runs one worker process a core
+
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids and character offsets; the library counts bytes of UTF-8."""
+        pieces: Any = self._model.encode(text, return_type="proto").pieces
+        character_at = [number for number, character in enumerate(text) for _ in character.encode()] + [len(text)]
+        return [p.id for p in pieces], [(character_at[p.begin], character_at[p.end]) for p in pieces]
 
     @property
     def has_pieces_across_spaces(self) -> bool:
@@ -259,6 +277,11 @@ class LibraryEngine:
         """Ids of each text."""
         return [encoding.ids for encoding in self._library.encode_batch_fast(texts, add_special_tokens=False)]
 
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids and character offsets."""
+        encoding = self._library.encode(text, add_special_tokens=False)
+        return encoding.ids, encoding.offsets
+
     def cached_encoder(self, encode_batch: EncodeBatch) -> EncodeBatch | None:
         """For WordPiece under BERT's rules, without words added to the vocabulary."""
         rules = json.loads(self._library.to_str())
@@ -290,6 +313,14 @@ class LibraryEngine:
         number = self._library.token_to_id(piece)
         assert number is not None
         return number
+
+
+def _without_outer_spaces(text: str, begin: int, end: int) -> tuple[int, int]:
+    while begin < end and text[begin].isspace():
+        begin += 1
+    while begin < end and text[end - 1].isspace():
+        end -= 1
+    return begin, end
 
 
 def load_library(path: Path) -> Library:

@@ -34,6 +34,9 @@ from pipeline.tokenize import is_complete, run_tokenize, share_of_work, tokenize
 
 Action = Literal["reuse", "resume", "run", "wait"]
 
+SHARED = ("tokenize", "evaluate")
+"""Stages whose work the elements of a job array share."""
+
 
 # How long a process waits for the others before it exits; rank 0 may still be shipping to MLflow.
 _PATIENCE_S, _PATIENCE_AFTER_ERROR_S = 150.0, 20.0
@@ -232,22 +235,30 @@ def _run_here(config: Config, stage: str, decision: Decision, arguments: list[st
 
 
 def execute_stage(config: Config, decision: Decision, process: Process) -> None:
-    """Runs a stage in this process, which may be one of several; rank 0 keeps the record."""
+    """Runs a stage in this process, which may be one of several; rank 0 keeps the record.
+
+    A story that returns False leaves the rest to other jobs of an array, and the record to the last of them.
+    """
     stage = decision.stage
     if process.rank == 0:
         record = start_record(config, stage, decision.inputs, describe_environment())
     else:
         record = _record_of_other_rank(config, stage, decision)
     try:
-        _STORIES[stage](config, record, process)
+        is_over = _STORIES[stage](config, record, process)
     except BaseException as error:
         if process.rank == 0 and not _is_done_by_others(config, record):
             end_record(config, record, "stopped" if isinstance(error, StoppedEarly) else "failed")
         raise
-    if process.rank == 0:
+    if process.rank == 0 and is_over:
         if not _is_done_by_others(config, record):
             end_record(config, record, "done")
         logger.info("%s: done", stage)
+
+
+def _is_over(config: Config, stage: str) -> bool:
+    record = read_record(config, stage)
+    return record is not None and record.state == "done"
 
 
 def _is_done_by_others(config: Config, record: StageRecord) -> bool:
@@ -264,21 +275,23 @@ def _record_of_other_rank(config: Config, stage: str, decision: Decision) -> Sta
     return record
 
 
-def _tokenize(config: Config, record: StageRecord, process: Process) -> None:
+def _tokenize(config: Config, record: StageRecord, process: Process) -> bool:
     del process
     run_tokenize(config, record, share_of_work())
+    return True
 
 
-def _pretrain(config: Config, record: StageRecord, process: Process) -> None:
+def _pretrain(config: Config, record: StageRecord, process: Process) -> bool:
     from pipeline.pretrain import run_pretrain
 
     run_pretrain(config, record, process)
+    return True
 
 
-def _evaluate(config: Config, record: StageRecord, process: Process) -> None:
+def _evaluate(config: Config, record: StageRecord, process: Process) -> bool:
     from pipeline.evaluate import run_evaluate
 
-    run_evaluate(config, record, process)
+    return run_evaluate(config, record, process)
 
 
 _STORIES = {"tokenize": _tokenize, "pretrain": _pretrain, "evaluate": _evaluate}
@@ -293,7 +306,7 @@ def run_as_rank(config: Config, stage: str, process: Process, launched_here: boo
         process: Which of the processes this is.
         launched_here: Whether an ``electra`` process above holds the lock and ships to MLflow.
     """
-    from pipeline.tracking import Shipper
+    from pipeline.tracking import Shipper, needs_shipping
 
     decision = decide(config, stage)
     if decision.action == "wait":
@@ -303,12 +316,14 @@ def run_as_rank(config: Config, stage: str, process: Process, launched_here: boo
         return
     try:
         with ExitStack() as stack:
-            share = share_of_work() if stage == "tokenize" else Share()
+            share = share_of_work() if stage in SHARED else Share()
             if process.rank == 0 and not launched_here:
-                stack.enter_context(run_lock(config, shared=stage == "tokenize"))
+                stack.enter_context(run_lock(config, shared=stage in SHARED))
                 if share.part == 0:
                     stack.enter_context(Shipper(config))
             execute_stage(config, decision, process)
+            if share.part and process.rank == 0 and _is_over(config, stage) and needs_shipping(config):
+                stack.enter_context(Shipper(config))  # the element with the shipper may have ended before
     except StoppedEarly as stopped:
         leave_together(_PATIENCE_S)
         raise StoppedEarly(str(stopped) if process.rank == 0 else "") from None

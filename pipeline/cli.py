@@ -68,13 +68,23 @@ def run(config: Path, overrides: tuple[str, ...], plan: bool, until: str, force:
         print_summary(settings)
 
 
+_prefetch_option = click.option(
+    "--prefetch", is_flag=True, help="Only fetch the tasks' data from the hub into evaluate.data_dir."
+)
+
+
+def _nothing(command: Any) -> Any:
+    return command
+
+
 def _stage_command(stage: str, help_text: str) -> None:
     @cli.command(stage, help=help_text)
     @_config
     @_overrides
     @click.option("--check", is_flag=True, help="Only check, within seconds, that the stage could start here.")
+    @(_prefetch_option if stage == "evaluate" else _nothing)
     @_debug_option
-    def command(config: Path, overrides: tuple[str, ...], check: bool, debug: bool) -> None:
+    def command(config: Path, overrides: tuple[str, ...], check: bool, debug: bool, prefetch: bool = False) -> None:
         from pipeline.distributed import Process, discover_process, exit_when_told_to_stop, place_in_array
 
         _set_debug(debug)
@@ -82,6 +92,14 @@ def _stage_command(stage: str, help_text: str) -> None:
         if process:
             exit_when_told_to_stop()
         configs = _load_all(config, overrides)
+        if prefetch:
+            from pipeline.evaluation import hub
+            from pipeline.evaluation.tasks import load_task_configs
+
+            for settings in configs:
+                for path in hub.prefetch(load_task_configs(settings), settings.evaluate.data_dir):
+                    click.echo(path)
+            return
         if check:
             from pipeline.preflight import check_stage
 
@@ -92,7 +110,7 @@ def _stage_command(stage: str, help_text: str) -> None:
             _run_variants(stage, configs, config, overrides, [[] for _ in configs])
             return
         settings = configs[0]
-        if process is None and stage == "tokenize" and place_in_array()[1] > 1:
+        if process is None and stage in ("tokenize", "evaluate") and place_in_array()[1] > 1:
             process = Process()  # an array's element that was started without srun
         if process is None:
             _run_stages(settings, (stage,), config, overrides, None)

@@ -202,8 +202,45 @@ class KernelsConfig(Section):
     backend: Literal["auto", "reference", "torch"] = Field("auto", description="auto picks the fastest that works.")
 
 
-class EvaluateConfig(Section):
-    """Fine-tuning as in the paper's table 7 (Small's values are the defaults)."""
+class FineTuning(Section):
+    """What a fine-tuning run can be told; what is None follows from the task's file, else from the model's size.
+
+    ``pipeline.evaluation.recipes`` has those values.
+    """
+
+    lr: float | None = Field(None, gt=0, description="Peak learning rate of the head; by size 3e-4, 1e-4, 5e-5.")
+    layer_decay: float | None = Field(
+        None, gt=0, le=1, description="Learning rate of a layer over that of the one above; 0.8, for Large 0.9."
+    )
+    layer_decay_depth: LayerDecayDepth | None = Field(
+        None, description="released (default): one power too many below the head, as published scores had; fixed."
+    )
+    epochs: int | None = Field(None, ge=1, description="Passes over the training examples; 3, RTE and STS-B 10, QA 2.")
+    batch_size: int | None = Field(None, ge=1, description="Examples per step; 32.")
+    warmup_fraction: float | None = Field(None, ge=0, le=1, description="Share of the steps that warm up; 0.1.")
+    weight_decay: float | None = Field(None, ge=0, description="Paper: 0 (default); released code: 0.01.")
+    max_length: int | None = Field(
+        None, ge=8, description="Longest input in tokens; 128, tagging 256, QA 512, or the model's positions if fewer."
+    )
+    dropout: float | None = Field(None, ge=0, lt=1, description="In the encoder and before the head; 0.1.")
+    both_orders: bool | None = Field(
+        None, description="Whether symmetric pairs (MRPC, STS-B) train in both orders, as released; true."
+    )
+    span_head: Literal["joint", "simple"] | None = Field(
+        None, description="QA: end given start with a beam and an answerability classifier (default), or two logits."
+    )
+    max_question_length: int | None = Field(None, ge=1, description="QA: tokens of the question; 64.")
+    stride: int | None = Field(None, ge=1, description="QA: tokens from a window's begin to the next one's; 128.")
+    max_answer_length: int | None = Field(None, ge=1, description="QA: tokens of an answer; 30.")
+    beam_size: int | None = Field(None, ge=1, description="QA: starts, and ends of each, that are tried; 20.")
+    answerable_weight: float | None = Field(None, ge=0, description="QA, joint: weight of answerability; 0.5.")
+    no_answer_threshold: float | None = Field(
+        None, description="QA: a question whose null score is higher has no answer; joint -2.75 (released), simple 0."
+    )
+
+
+class EvaluateConfig(FineTuning):
+    """Fine-tuning as in the paper's table 7, by the model's size. A key that is set here holds for every task."""
 
     tasks: tuple[str, ...] = Field((), description="Names under configs/tasks, or paths of task files.")
     seeds: int = Field(3, ge=1, description="Fine-tuning runs per task; medians are reported (paper: 10).")
@@ -211,17 +248,16 @@ class EvaluateConfig(Section):
     checkpoint: Literal["last"] | Count | Path = Field(
         "last", description="Step of the checkpoint to fine-tune, or a Hugging Face folder with its own tokenizer."
     )
-    lr: float = Field(3e-4, gt=0, description="Peak learning rate of the head.")
-    layer_decay: float = Field(0.8, gt=0, le=1, description="Learning rate of a layer over that of the one above.")
-    layer_decay_depth: LayerDecayDepth = Field(
-        "released", description="released: one power too many below the head, as published scores had; fixed."
+    more_checkpoints: tuple[Count, ...] | Literal["all"] = Field(
+        (), description="Steps of further checkpoints of the run to evaluate alike; all: those that are kept."
     )
-    epochs: int = Field(3, ge=1, description="Passes over the training examples.")
-    batch_size: int = Field(32, ge=1, description="Examples per step.")
-    warmup_fraction: float = Field(0.1, ge=0, le=1, description="Share of the steps that warm up.")
-    weight_decay: float = Field(0.0, ge=0, description="Paper: 0; released code: 0.01.")
-    max_length: int = Field(128, ge=8, description="Longest example in tokens; longer ones are cut.")
-    dropout: float = Field(0.1, ge=0, lt=1, description="In the encoder and before the head.")
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="Of the matrix products; weights stay in fp32.")
+    mnli_init: bool = Field(
+        False,
+        description="Start RTE, STS-B and MRPC from the MNLI model of the same seed; mnli must be among the tasks.",
+    )
+    grid_lr: tuple[float, ...] = Field((), description="Learning rates to try; the best on dev is reported as such.")
+    grid_layer_decay: tuple[float, ...] = Field((), description="Layer-wise decays to try, with each learning rate.")
 
 
 class TrackingConfig(Section):
@@ -296,9 +332,10 @@ class Config(Section):
                 f"run.fork_from={self.run.fork_from} and {initial} both say what training starts from; remove one"
             )
         own_model = not isinstance(self.evaluate.checkpoint, Path)  # a folder has its own number of positions
-        if self.evaluate.tasks and own_model and self.evaluate.max_length > self.model.max_positions:
+        longest = self.evaluate.max_length or 0
+        if self.evaluate.tasks and own_model and longest > self.model.max_positions:
             raise ValueError(
-                f"evaluate.max_length={self.evaluate.max_length} exceeds "
+                f"evaluate.max_length={longest} exceeds "
                 f"model.max_positions={self.model.max_positions}; lower the one or raise the other"
             )
         return self

@@ -38,10 +38,12 @@ SCIENCE: dict[str, tuple[str, ...]] = {
         "optimizer.layer_decay_depth", "optimizer.gradient_clip",
     ),
     "evaluate": (
-        "evaluate.tasks", "evaluate.seeds", "evaluate.checkpoint", "evaluate.lr", "evaluate.layer_decay",
-        "evaluate.layer_decay_depth",
+        "evaluate.tasks", "evaluate.seeds", "evaluate.checkpoint", "evaluate.more_checkpoints", "evaluate.grid_lr",
+        "evaluate.grid_layer_decay", "evaluate.lr", "evaluate.layer_decay", "evaluate.layer_decay_depth",
         "evaluate.epochs", "evaluate.batch_size", "evaluate.warmup_fraction", "evaluate.weight_decay",
-        "evaluate.max_length", "evaluate.dropout",
+        "evaluate.max_length", "evaluate.dropout", "evaluate.both_orders", "evaluate.span_head", "evaluate.max_question_length", "evaluate.stride",
+        "evaluate.max_answer_length", "evaluate.beam_size", "evaluate.answerable_weight",
+        "evaluate.no_answer_threshold", "evaluate.precision", "evaluate.mnli_init",
     ),
 }  # fmt: skip
 
@@ -57,7 +59,10 @@ EXECUTION: tuple[str, ...] = (
     "evaluate.data_dir", "tracking.uri", "tracking.experiment",
 )  # fmt: skip
 
-EVALUATE_SELECTION = ("evaluate.tasks", "evaluate.seeds", "evaluate.checkpoint")
+EVALUATE_SELECTION = (
+    "evaluate.tasks", "evaluate.seeds", "evaluate.checkpoint", "evaluate.more_checkpoints", "evaluate.grid_lr",
+    "evaluate.grid_layer_decay",
+)  # fmt: skip
 """Science keys that choose which units to evaluate; units done under others stay valid."""
 
 _FOLDERS = ("train.initial_discriminator", "train.initial_generator", "evaluate.checkpoint")

@@ -11,6 +11,8 @@ from pipeline.distributed import resolve_device
 from pipeline.engine import check_precision
 from pipeline.errors import ConfigError
 from pipeline.evaluation.pretrained import find_pretrained
+from pipeline.evaluation.recipes import recipes_for
+from pipeline.evaluation.tasks import load_tasks
 from pipeline.plan import make_plan
 from pipeline.stages import shard_folders
 from pipeline.tokenize import check_given_tokenizer, corpora_of, load_tokenize_output
@@ -33,14 +35,25 @@ def check_stage(config: Config, stage: str) -> None:
         return
     check_precision(config, resolve_device(config.launch.device))
     if stage == "evaluate" and isinstance(config.evaluate.checkpoint, Path):  # needs no stage before it
-        find_pretrained(config, installs=False)
         decide(config, stage, keep_digests=False)
+        _check_tasks(config)
         return
     output = load_tokenize_output(config)
     decision = decide(config, stage)
     if decision.action == "wait":
         raise ConfigError(f"{stage} cannot start: {decision.why}")
+    if stage == "evaluate":
+        _check_tasks(config)
     if stage == "pretrain":
         make_plan(config, world_size=1, vocab_size=output["vocab_size"])
         folders, weights = shard_folders(config, output, local=False)  # copies are a matter of the nodes
         open_rows(config, folders, weights)
+
+
+def _check_tasks(config: Config) -> None:
+    tasks = load_tasks(config)
+    for task in tasks:
+        task.check()
+    pretrained = find_pretrained(config, installs=False)
+    for task in tasks:
+        recipes_for(config.evaluate, task.config, pretrained.model)

@@ -27,6 +27,7 @@ def describe_status(config: Config) -> dict[str, Any]:
     entries = read_entries(stage_folder(config, "pretrain") / "journal.jsonl")
     stages["pretrain"]["step"] = entries[-1]["step"] if entries else 0
     stages["pretrain"]["steps"] = config.train.steps
+    stages["evaluate"] |= _units_of(config)
     try:
         decisions = plan_stages(config, stages_of(config))
         rerun = {decision.stage: f"{decision.action}: {decision.why}" for decision in decisions}
@@ -41,11 +42,24 @@ def describe_status(config: Config) -> dict[str, Any]:
     }
 
 
+def _units_of(config: Config) -> dict[str, Any]:
+    """Units that are done, and the medians so far; nothing before the first one."""
+    path = stage_folder(config, "evaluate") / "results_so_far.json"
+    if not path.exists():
+        return {}
+    results = json.loads(path.read_text(encoding="utf-8"))
+    scores = {task: results["tasks"][task][metric]["median"] for task, metric in results["score"].items()}
+    return {"units": results["units"], "scores_so_far": scores, "failed": results["failed"]}
+
+
 def format_status(found: dict[str, Any]) -> str:
     """The same as text."""
     lines = [f"run {found['run']} in {found['folder']}"]
     for stage, about in found["stages"].items():
         progress = f"  step {about['step']:,} of {about['steps']:,}" if "step" in about else ""
+        if "units" in about:
+            scores = ", ".join(f"{task} {value:.4f}" for task, value in about["scores_so_far"].items())
+            progress = f"  {about['units']['done']} of {about['units']['of']} units; medians so far: {scores}"
         lines.append(f"  {stage:9} {about['state']:12}{progress}")
     lines += [f"  a rerun would {stage}: {action}" for stage, action in found["rerun"].items()]
     for stage, run_id in found["mlflow"].get("runs", {}).items():

@@ -64,6 +64,8 @@ class Mirror:
         shipped = self._ship_journal(runs["pretrain"]) if "pretrain" in runs else 0
         for stage, record in records.items():
             self._log_stage(stage, runs[stage], record, owner_alive)
+        if "evaluate" in records:
+            self._log_tasks(runs["evaluate"], records["evaluate"], owner_alive)
         self._set_status(parent, self._pipeline_status(records, owner_alive))
         for stage, record in records.items():  # last: the store of artifacts may be another one, and fail
             self._log_artifacts(stage, runs[stage], record)
@@ -85,13 +87,13 @@ class Mirror:
                 raise
             return found.experiment_id
 
-    def _run(self, stage: str, lineage: str, parent: str | None) -> str:
-        """The MLflow run of a stage, found by its tags or created with them in one call."""
-        key = f"{stage}/{lineage}"
+    def _run(self, stage: str, lineage: str, parent: str | None, task: str | None = None) -> str:
+        """The MLflow run of a stage or of one of its tasks, found by its tags or created with them in one call."""
+        key = f"{stage}/{lineage}/{task or ''}"
         if key not in self._runs:
             tags = {
                 "electra.run_id": self._identity,
-                "electra.stage": stage,
+                "electra.stage": f"{stage} {task}" if task else stage,
                 "electra.lineage": lineage,
             }
             wanted = " and ".join(f"tags.`{name}` = '{value}'" for name, value in tags.items())
@@ -99,7 +101,8 @@ class Mirror:
             if found:
                 self._runs[key] = found[0].info.run_id
             else:
-                name = self._config.run.name if stage == "pipeline" else f"{self._config.run.name} {stage}"
+                of_stage = "" if stage == "pipeline" else f" {stage}"
+                name = f"{self._config.run.name}{of_stage}{f' {task}' if task else ''}"
                 more = {"mlflow.parentRunId": parent} if parent else {}
                 run = self._client.create_run(self._experiment_id, tags=tags | more, run_name=name)
                 self._runs[key] = run.info.run_id
@@ -157,6 +160,30 @@ class Mirror:
         self._set_status(run_id, status, record.ended_unix_s)
         self._seen[run_id] = seen
 
+    def _log_tasks(self, stage_run: str, record: StageRecord, owner_alive: bool) -> None:
+        """One run for each task, below the stage's: its recipe as parameters, its seeds as the steps of its metrics."""
+        path = self._folder / "evaluate" / "results_so_far.json"
+        try:
+            results = json.loads(path.read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError):
+            return
+        status = self._stage_status(record, owner_alive)
+        seen = (status, results["units"])
+        if results["fingerprint"] != record.fingerprint or self._seen.get(f"tasks {stage_run}") == seen:
+            return  # of other inputs; or shipped already
+        for task, of_task in results["tasks"].items():
+            run_id = self._run("evaluate", record.lineage, stage_run, task)
+            self._log_params(run_id, results["recipes"][task])
+            now_ms = int(time.time() * 1000)
+            for metric, summary in of_task.items():
+                name = f"eval/{task}_{metric}"
+                held = {entry.step for entry in self._client.get_metric_history(run_id, name)}
+                values = zip(results["seeds"][task], summary["values"], strict=True)
+                new = [Metric(name, value, now_ms, seed) for seed, value in values if seed not in held]
+                self._client.log_batch(run_id, metrics=new)
+            self._set_status(run_id, status, record.ended_unix_s)
+        self._seen[f"tasks {stage_run}"] = seen
+
     def _log_artifacts(self, stage: str, run_id: str, record: StageRecord) -> None:
         seen = stage_summary(record)
         if self._seen.get(f"artifacts {run_id}") == seen:
@@ -164,7 +191,8 @@ class Mirror:
         with tempfile.TemporaryDirectory() as folder:
             environment = Path(folder) / "environment.json"
             write_json(environment, record.environment)
-            files = [self._folder / "config.yaml", environment, self._folder / stage / "results.json"]
+            names = ("results.json", "results.md", "scores_and_flops.png")
+            files = [self._folder / "config.yaml", environment, *(self._folder / stage / name for name in names)]
             for file in files:
                 if file.exists():
                     self._client.log_artifact(run_id, str(file))

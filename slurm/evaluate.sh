@@ -1,6 +1,6 @@
 #!/bin/bash
-# Fine-tunes and scores a pretrained checkpoint:
-#     sbatch slurm/evaluate.sh CONFIG [key=value ...]
+# Fine-tunes and scores a pretrained checkpoint, on one GPU, or with flags of sbatch on many:
+#     sbatch [--nodes=2 --gpus-per-node=8 --ntasks-per-node=8 | --array=0-15] slurm/evaluate.sh CONFIG [key=value ...]
 #SBATCH --job-name=electra-evaluate
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1

@@ -1,155 +1,187 @@
-"""Fine-tuning the discriminator on one task with one seed.
+"""Fine-tuning the discriminator on one task with one seed, and predicting with it.
 
-Dropout and one linear layer on [CLS], glorot initialised; learning rates that
-fall from layer to layer (google-research/electra, ``finetune/``, ``model/optimization.py``).
+A step's draws depend on the seed and the step alone, the order of the examples on the seed and the epoch. So a run
+that goes on from a partial state ends as one that was never stopped.
 
-Shapes: B examples, T tokens, H hidden size, C classes.
+Shapes: T tokens of a batch, H hidden size.
 """
 
 import random
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data_shards.tokenizer import Tokenizer
-from model.config import ModelConfig
-from model.embeddings import Embeddings
-from model.encoder import Encoder
-from model.kernels.attention import Packing
-from model.kernels.select import Kernels
-from pipeline.config import EvaluateConfig, LayerDecayDepth
-from pipeline.evaluation.tasks import Example
+from model.finetuning import FineTunedElectra
+from pipeline.errors import ElectraError
+from pipeline.evaluation.features import Feature, collate, split_by_tokens
+from pipeline.evaluation.partial import PartialState
+from pipeline.evaluation.processors import Processor
+from pipeline.evaluation.recipes import Recipe
 from pipeline.optimizer import ElectraAdamW, group_parameters
 from pipeline.schedule import linear_times_warmup
-from pipeline.stopping import StopRequest
 
 _EPS, _BETAS, _CLIP = 1e-6, (0.9, 0.999), 1.0  # as in pretraining
-_SEGMENT_B = 1
+_TRAIN_TOKENS = 16_384  # most of one forward and backward pass; a batch that is larger takes several
+_PREDICT_TOKENS = 8_192
+_STEPS_BETWEEN_CHECKS = 50
+_SAVE_EVERY_S = 600.0
+_DRAWS_PER_SEED = 1 << 32
 
 
-class FineTunedElectra(nn.Module):
-    """The discriminator's encoder with a linear head on [CLS]."""
-
-    def __init__(self, config: ModelConfig, vocab_size: int, pad_id: int, num_outputs: int, kernels: Kernels):
-        super().__init__()
-        self.pad_id = pad_id
-        self.embeddings = Embeddings(config, vocab_size)
-        self.discriminator = Encoder(config, config.discriminator, kernels)
-        self.dropout = nn.Dropout(config.dropout)
-        self.head = nn.Linear(config.hidden_size, num_outputs)
-        nn.init.xavier_uniform_(self.head.weight)
-        nn.init.zeros_(self.head.bias)
-
-    def forward(self, token_ids_BT: Tensor, token_types_BT: Tensor) -> Tensor:
-        """Returns logits or scores ``(B, C)``."""
-        positions_BT = torch.arange(token_ids_BT.shape[1], device=token_ids_BT.device).expand_as(token_ids_BT)
-        packing = Packing((token_ids_BT == self.pad_id).long())  # padding attends to padding only
-        embedded_BTE = self.embeddings(token_ids_BT, positions_BT, token_types_BT)
-        hidden_BTH = self.discriminator(embedded_BTE, packing)
-        return self.head(self.dropout(hidden_BTH[:, 0]))
-
-
-def layer_learning_rates(
-    model: nn.Module, lr: float, decay: float, weight_decay: float, depth: LayerDecayDepth = "released"
-) -> list[dict]:
-    """Parameter groups with a peak rate for each layer.
-
-    The head has ``lr``. As released the top layer has ``lr * decay**2``, and so on down to the
-    embeddings with ``lr * decay**(layers + 2)``: one factor more than one would expect (the
-    published scores were obtained this way); see ``pipeline.optimizer.layer_exponents``.
-    """
-    groups = group_parameters(model, weight_decay, decay, depth)
-    return [group | {"peak_lr": lr * group["lr_scale"]} for group in groups]
+class DivergedError(ElectraError):
+    """The loss is no number any more."""
 
 
 @dataclass(frozen=True)
-class Encoded:
-    """One example as ids: [CLS] A [SEP] or [CLS] A [SEP] B [SEP]."""
+class Plan:
+    """Length of a fine-tuning run."""
 
-    token_ids: list[int]
-    token_types: list[int]
-    target: float
+    examples: int
+    batch_size: int
+    epochs: int
+    warmup_fraction: float
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Batches of an epoch; the last one may be smaller."""
+        return -(-self.examples // self.batch_size)
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps."""
+        return self.steps_per_epoch * self.epochs
+
+    @property
+    def warmup_steps(self) -> int:
+        """Steps in which the learning rate rises."""
+        return round(self.steps * self.warmup_fraction)
 
 
-def encode(examples: list[Example], classes: list[str] | None, tokenizer: Tokenizer, max_length: int) -> list[Encoded]:
-    """Tokenizes examples; texts that are too long together are cut at the end of the longer one."""
-    encoded, special = [], tokenizer.special
-    for example in examples:
-        texts = [tokenizer.encode(text) for text in example.texts]
-        while sum(map(len, texts)) > max_length - 1 - len(texts):
-            max(texts, key=len).pop()
-        token_ids = [special.cls, *texts[0], special.sep]
-        token_types = [0] * len(token_ids)
-        if len(texts) == 2:
-            token_ids += [*texts[1], special.sep]
-            token_types += [_SEGMENT_B] * (len(texts[1]) + 1)
-        target = float(classes.index(str(example.label))) if classes else float(example.label)
-        encoded.append(Encoded(token_ids, token_types, target))
-    return encoded
+class FineTuning:
+    """One fine-tuning run, from its first step to its last.
 
+    Attributes:
+        step: Steps that are done.
+    """
 
-def fine_tune(
-    model: FineTunedElectra,
-    train: list[Encoded],
-    config: EvaluateConfig,
-    seed: int,
-    device: str,
-    stop: StopRequest,
-) -> bool:
-    """Trains ``model``; returns False when told to stop before the end."""
-    torch.manual_seed(seed)
-    order = random.Random(seed)
-    steps_per_epoch = -(-len(train) // config.batch_size)
-    total_steps = steps_per_epoch * config.epochs
-    warmup_steps = round(total_steps * config.warmup_fraction)
-    groups = layer_learning_rates(model, config.lr, config.layer_decay, config.weight_decay, config.layer_decay_depth)
-    optimizer = ElectraAdamW(groups, _BETAS, _EPS, config.weight_decay, bias_correction=False)
-    step = 0
-    for _ in range(config.epochs):
-        model.train()
-        shuffled = order.sample(train, len(train))
-        for first in range(0, len(shuffled), config.batch_size):
-            if stop.reason():
+    def __init__(
+        self,
+        model: FineTunedElectra,
+        processor: Processor,
+        features: Sequence[Feature],
+        recipe: Recipe,
+        seed: int,
+        device: str,
+    ):
+        self._model, self._processor, self._features = model, processor, features
+        self._recipe, self._seed, self._device = recipe, seed, device
+        self.step = 0
+        self.plan = Plan(len(self._features), recipe.batch_size, recipe.epochs, recipe.warmup_fraction)
+        groups = layer_learning_rates(model, recipe)
+        self._optimizer = ElectraAdamW(groups, _BETAS, _EPS, recipe.weight_decay, bias_correction=False)
+        self._order: tuple[int, list[int]] = (-1, [])
+
+    def describe(self) -> dict[str, int]:
+        """Its length."""
+        tokens = sum(map(len, self._features)) * self.plan.epochs
+        return {"features": len(self._features), "steps": self.plan.steps, "tokens": tokens}
+
+    def run(self, partial: PartialState, should_stop: Callable[[], object]) -> bool:
+        """Trains to the end; returns False when told to stop before, with everything saved.
+
+        Raises:
+            DivergedError: The gradients are not finite.
+        """
+        self.step = partial.load(self._model, self._optimizer)
+        saved_at = time.monotonic()
+        norms: list[Tensor] = []
+        self._model.train()
+        while self.step < self.plan.steps:
+            if should_stop():
+                partial.save(self._model, self._optimizer, self.step)
                 return False
-            batch = shuffled[first : first + config.batch_size]
-            for group in optimizer.param_groups:
-                group["lr"] = linear_times_warmup(group["peak_lr"], step, warmup_steps, total_steps)
-            loss = _loss(
-                model(*_pad(batch, model.pad_id, device)), torch.tensor([e.target for e in batch], device=device)
-            )
+            if time.monotonic() - saved_at > _SAVE_EVERY_S:
+                partial.save(self._model, self._optimizer, self.step)
+                saved_at = time.monotonic()
+            norms.append(self._train_step())
+            if len(norms) == _STEPS_BETWEEN_CHECKS or self.step == self.plan.steps:
+                self._refuse_divergence(norms)
+                norms = []
+        return True
+
+    def _train_step(self) -> Tensor:
+        """One update; returns the gradient's norm before it was clipped."""
+        torch.manual_seed(self._seed * _DRAWS_PER_SEED + self.step)
+        for group in self._optimizer.param_groups:
+            group["lr"] = linear_times_warmup(group["peak_lr"], self.step, self.plan.warmup_steps, self.plan.steps)
+        batch = self._batch()
+        for features in split_by_tokens(batch, _TRAIN_TOKENS):
+            with autocast(self._device, self._recipe):
+                loss = _loss(self._model, self._processor, features, self._device) / len(batch)
             loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), _CLIP)
-            optimizer.step()
-            optimizer.zero_grad()
-            step += 1
-    return True
+        norm = nn.utils.clip_grad_norm_(self._model.parameters(), _CLIP)
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        self.step += 1
+        return norm
+
+    def _batch(self) -> list[Feature]:
+        epoch, number = divmod(self.step, self.plan.steps_per_epoch)
+        if self._order[0] != epoch:
+            order = list(range(len(self._features)))
+            random.Random(f"{self._seed}/{epoch}").shuffle(order)
+            self._order = epoch, order
+        first = number * self.plan.batch_size
+        return [self._features[i] for i in self._order[1][first : first + self.plan.batch_size]]
+
+    def _refuse_divergence(self, norms: list[Tensor]) -> None:
+        if not torch.isfinite(torch.stack(norms)).all():
+            raise DivergedError(
+                f"gradients are not finite after {self.step} steps with lr={self._recipe.lr:g}; lower evaluate.lr"
+            )
+
+
+def layer_learning_rates(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
+    """Parameter groups with a peak rate for each layer.
+
+    The head has ``lr``. As released the top layer has ``lr * layer_decay**2``, and so on down to the embeddings with
+    ``lr * layer_decay**(layers + 2)``: one factor more than one would expect (the published scores were obtained this
+    way); see ``pipeline.optimizer.layer_exponents``.
+    """
+    groups = group_parameters(model, recipe.weight_decay, recipe.layer_decay, recipe.layer_decay_depth)
+    return [group | {"peak_lr": recipe.lr * group["lr_scale"]} for group in groups]
 
 
 @torch.no_grad()
-def predict(model: FineTunedElectra, examples: list[Encoded], device: str) -> list[list[float]]:
-    """Outputs for each example, in their order; runs over them by length to save padding."""
+def predict(
+    model: FineTunedElectra, processor: Processor, features: Sequence[Feature], recipe: Recipe, device: str
+) -> list[Any]:
+    """The processor's outputs for each feature, in their order; runs over them by length."""
     model.eval()
-    by_length = sorted(range(len(examples)), key=lambda i: len(examples[i].token_ids))
-    outputs: list[list[float]] = [[] for _ in examples]
-    for first in range(0, len(by_length), 64):
-        chosen = by_length[first : first + 64]
-        batch_outputs = model(*_pad([examples[i] for i in chosen], model.pad_id, device)).float().tolist()
-        for i, output in zip(chosen, batch_outputs, strict=True):
-            outputs[i] = output
+    by_length = sorted(range(len(features)), key=lambda i: -len(features[i]))
+    outputs: list[Any] = [None] * len(features)
+    done = 0
+    for batch in split_by_tokens([features[i] for i in by_length], _PREDICT_TOKENS):
+        examples = collate(batch, device)
+        with autocast(device, recipe):
+            hidden_TH = model.encode(examples)
+            batch_outputs = processor.outputs(model.head, hidden_TH, examples, batch)
+        for output in batch_outputs:
+            outputs[by_length[done]] = output
+            done += 1
     return outputs
 
 
-def _loss(outputs_BC: Tensor, targets_B: Tensor) -> Tensor:
-    if outputs_BC.shape[1] == 1:
-        return F.mse_loss(outputs_BC.squeeze(1), targets_B)
-    return F.cross_entropy(outputs_BC, targets_B.long())
+def autocast(device: str, recipe: Recipe) -> AbstractContextManager[Any]:
+    """Matrix products in the recipe's precision."""
+    return torch.autocast(device, torch.bfloat16, enabled=recipe.precision == "bf16")
 
 
-def _pad(batch: list[Encoded], pad_id: int, device: str) -> tuple[Tensor, Tensor]:
-    """Ids and types ``(B, T)``, T the longest of the batch."""
-    length = max(len(example.token_ids) for example in batch)
-    token_ids = [example.token_ids + [pad_id] * (length - len(example.token_ids)) for example in batch]
-    token_types = [example.token_types + [0] * (length - len(example.token_types)) for example in batch]
-    return torch.tensor(token_ids, device=device), torch.tensor(token_types, device=device)
+def _loss(model: FineTunedElectra, processor: Processor, features: Any, device: str) -> Tensor:
+    examples = collate(features, device)
+    return processor.loss(model.head, model.encode(examples), examples, features)

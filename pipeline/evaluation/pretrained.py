@@ -90,6 +90,19 @@ def find_pretrained(config: Config, installs: bool = True) -> Pretrained:
     )
 
 
+def find_more(config: Config) -> list[Pretrained]:
+    """What ``evaluate.more_checkpoints`` names, by step; those that ``evaluate.checkpoint`` names too are in it.
+
+    Raises:
+        ConfigError, DamagedError: As ``find_pretrained``.
+    """
+    steps = config.evaluate.more_checkpoints
+    if steps == "all":
+        steps = checkpoints.list_steps(stage_folder(config, "pretrain") / "checkpoints")
+    chosen = [config.evaluate.model_copy(update={"checkpoint": step}) for step in sorted(set(steps))]
+    return [find_pretrained(config.model_copy(update={"evaluate": evaluate})) for evaluate in chosen]
+
+
 def find_checkpoint(config: Config) -> checkpoints.Checkpoint:
     """The verified checkpoint of the run that ``evaluate.checkpoint`` names; raises as ``find_pretrained``."""
     folder = stage_folder(config, "pretrain") / "checkpoints"
@@ -114,7 +127,7 @@ def _from_folder(config: Config, path: Path, installs: bool) -> Pretrained:
             f"{_KEY}={path}: its tokenizer has {tokenizer.vocab_size:,} ids and its token table "
             f"{network.vocab_size:,} rows; put the tokenizer there that it was trained with"
         )
-    if config.evaluate.max_length > network.model.max_positions:
+    if (config.evaluate.max_length or 0) > network.model.max_positions:
         raise ConfigError(
             f"evaluate.max_length={config.evaluate.max_length} exceeds the {network.model.max_positions} positions of "
             f"{_KEY}={path}; lower it"

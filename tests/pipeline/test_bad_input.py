@@ -195,7 +195,7 @@ def test_missing_task_data_and_unknown_task(config_path: Path, electra: Electra,
     assert "only the dev file has c" in refused
     (task.parent / "first_word_dev.jsonl").write_text('{"id": "x"}\n')
     refused = electra("evaluate", config_path, "train.steps=2", f'evaluate.tasks=["{task}"]', code=65).stderr
-    assert "example 0 lacks one of text, label" in refused
+    assert "first_word_dev.jsonl:1: no field text, label; the row has id" in refused
 
 
 def test_evaluate_without_tasks(config_path: Path, electra: Electra) -> None:

@@ -12,6 +12,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 from transformers import AutoTokenizer
 
 from data_shards.digest import digest_file
+from model.finetuning import FineTunedElectra, LinearHead
 from model.hf import read_folder
 from model.kernels.select import select_kernels
 from pipeline import hf_folder
@@ -19,7 +20,6 @@ from pipeline.chain import decide
 from pipeline.config import Config
 from pipeline.config_file import load_config
 from pipeline.errors import ConfigError
-from pipeline.evaluation.finetune import FineTunedElectra
 from pipeline.evaluation.pretrained import find_pretrained
 from pipeline.keys import science_of
 from tests.conftest import Electra
@@ -66,7 +66,7 @@ def test_the_folders_weights_tokenizer_and_shape_are_used(config_path: Path, pub
     theirs = AutoTokenizer.from_pretrained(published)
     for text in ("Bada zozo.", "fi ku, mere: LALA", "xyz"):
         assert theirs(text, add_special_tokens=False)["input_ids"] == found.tokenizer.encode(text)
-    model = FineTunedElectra(found.model, found.vocab_size, found.tokenizer.special.pad, 2, select_kernels("torch"))
+    model = FineTunedElectra(found.model, found.vocab_size, select_kernels("torch"), LinearHead(found.model, 2))
     found.load_into(model)
     weights = read_folder(published).weights
     copied = {name.replace("discriminator.", "encoder."): p for name, p in model.named_parameters()}

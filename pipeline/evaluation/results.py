@@ -1,0 +1,154 @@
+"""What the units say together: medians, spread, the best of a grid, files to submit.
+
+evaluate/results.json  results.md          of the configured checkpoint; results.md has tables beside published scores
+evaluate/results_so_far.json               of its units that are done
+evaluate/<checkpoint>/results.json  .md    the same for each checkpoint that was evaluated
+evaluate/<checkpoint>/submission/          for GLUE's server, and answers to test questions
+evaluate/scores_and_flops.png              all of them, against what pretraining cost
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from data_shards.store import write_json
+from data_shards.temporaries import publish_bytes
+from pipeline.config import Config
+from pipeline.evaluation.plot import plot_run
+from pipeline.evaluation.pretrained import Pretrained
+from pipeline.evaluation.recipes import size_of
+from pipeline.evaluation.scores import summarize
+from pipeline.evaluation.submission import write_glue, write_squad
+from pipeline.evaluation.table import glue_average, markdown_table
+from pipeline.evaluation.tasks import Task
+from pipeline.evaluation.units import Unit
+from pipeline.log import logger
+from pipeline.plan import make_plan
+
+Results = dict[str, Any]
+
+
+def gather(config: Config, units: list[Unit]) -> Results:
+    """Everything that is known of the units of one checkpoint so far."""
+    pretrained = units[0].pretrained
+    done = {unit: result for unit in units if (result := unit.finished())}
+    tasks: dict[str, Any] = {}
+    grid: dict[str, Any] = {}
+    chosen_units: dict[str, list[Unit]] = {}
+    for task in {unit.task.name: unit.task for unit in units}.values():
+        by_point: dict[str, list[Unit]] = {}
+        for unit in sorted(done, key=lambda unit: (unit.point, unit.seed)):
+            if unit.task is task:
+                by_point.setdefault(unit.point, []).append(unit)
+        if not by_point:
+            continue
+        point = _best_point(task, by_point, done)
+        if point:
+            grid[task.name] = _describe_grid(task, by_point, done, point)
+        chosen_units[task.name] = by_point[point]
+        metrics = [done[unit]["metrics"] for unit in by_point[point]]
+        tasks[task.name] = {name: summarize([values[name] for values in metrics]) for name in metrics[0]}
+    first = {name: chosen[0] for name, chosen in chosen_units.items()}
+    return {
+        **_about(config, pretrained),
+        "tasks": tasks,
+        "score": {name: unit.task.config.metrics[0] for name, unit in first.items()},
+        "glue_average": glue_average(tasks),
+        "recipes": {name: unit.recipe.to_dict() for name, unit in first.items()},
+        "seeds": {name: [unit.seed for unit in chosen] for name, chosen in chosen_units.items()},
+        "units": {"done": len(done), "of": len(units)},
+        "grid": grid,
+        "failed": [
+            {"task": unit.task.name, "seed": unit.seed, "error": error}
+            for unit in units
+            if (error := unit.failure()) and unit not in done
+        ],
+    }
+
+
+def _about(config: Config, pretrained: Pretrained) -> Results:
+    plan = make_plan(config, 1, pretrained.vocab_size) if pretrained.step else None
+    return {
+        "checkpoint": str(pretrained.folder),
+        "run": config.run.name,
+        "step": pretrained.step if plan else None,
+        "size": size_of(pretrained.model),
+        "flops": plan.flops_at(pretrained.step) if plan else None,
+        "flops_paper": plan.flops_paper_at(pretrained.step) if plan else None,
+    }
+
+
+def _median_score(task: Task, units: list[Unit], done: dict[Unit, Results]) -> float:
+    name = task.config.metrics[0]
+    return summarize([done[unit]["metrics"][name] for unit in units])["median"]
+
+
+def _best_point(task: Task, by_point: dict[str, list[Unit]], done: dict[Unit, Results]) -> str:
+    """The point with the best median of the task's score; of equals the first."""
+    return max(sorted(by_point), key=lambda point: _median_score(task, by_point[point], done))
+
+
+def _describe_grid(task: Task, by_point: dict[str, list[Unit]], done: dict[Unit, Results], best: str) -> Results:
+    points = sorted(by_point)
+    described = [
+        {
+            "lr": by_point[point][0].recipe.lr,
+            "layer_decay": by_point[point][0].recipe.layer_decay,
+            "score": _median_score(task, by_point[point], done),
+            "seeds": len(by_point[point]),
+        }
+        for point in points
+    ]
+    return {"points": described, "chosen": points.index(best), "chosen_on": "dev"}
+
+
+def write_progress(folder: Path, results: Results, fingerprint: str) -> None:
+    """What is known while units are still to do; ``fingerprint`` is the stage's."""
+    write_json(folder / "results_so_far.json", results | {"fingerprint": fingerprint})
+
+
+def write_results(folder: Path, results: Results, units: list[Unit]) -> None:
+    """What there is of one checkpoint: files to submit, tables, and its results.json."""
+    of_checkpoint = folder / units[0].pretrained.label
+    write_submissions(of_checkpoint / "submission", results, units)
+    publish_bytes(of_checkpoint / "results.md", markdown_table(results, results["size"]).encode())
+    write_json(of_checkpoint / "results.json", results)
+
+
+def write_summary(folder: Path, results: Results, fingerprint: str) -> None:
+    """The configured checkpoint's results, last results.json, and the plot of all checkpoints evaluated so far."""
+    publish_bytes(folder / "results.md", markdown_table(results, results["size"]).encode())
+    write_progress(folder, results, fingerprint)
+    plot_run(sorted(folder.glob("*/results.json")), folder)
+    write_json(folder / "results.json", results)
+
+
+def write_submissions(folder: Path, results: Results, units: list[Unit]) -> None:
+    """Predictions on test files, of the seed that did best on dev; ``chosen.json`` says which."""
+    chosen: dict[str, Any] = {}
+    for name in results["tasks"]:
+        unit = _best_unit(name, results, units)
+        for test in unit.task.tests():
+            answers = json.loads((unit.folder / f"test_{test}.json").read_text(encoding="utf-8"))
+            folder.mkdir(parents=True, exist_ok=True)
+            if unit.task.kind == "question_answering":
+                path = write_squad(folder, test, answers)
+            elif unit.task.kind == "tagging":
+                path = folder / f"{test}.json"
+                write_json(path, answers)
+            else:
+                path = write_glue(folder, test, unit.task.kind, answers)
+            chosen[path.name] = {"task": name, "seed": unit.seed, "point": unit.point, "chosen_on": "dev"}
+    if chosen:
+        write_json(folder / "chosen.json", chosen)
+        logger.info("predictions on test files: %s", folder)
+
+
+def _best_unit(name: str, results: Results, units: list[Unit]) -> Unit:
+    summary = results["tasks"][name][results["score"][name]]
+    seed = results["seeds"][name][summary["values"].index(max(summary["values"]))]
+    recipe = results["recipes"][name]
+    return next(
+        unit for unit in units
+        if (unit.task.name, unit.seed, unit.recipe.to_dict()) == (name, seed, recipe)
+    )  # fmt: skip
