@@ -10,6 +10,7 @@ import click
 
 from pipeline import __version__
 from pipeline.export_cli import export
+from pipeline.scores_cli import scores
 from pipeline.shards_cli import shards
 
 _STAGES = ("tokenize", "pretrain", "evaluate")
@@ -189,6 +190,7 @@ def sync(config: Path, overrides: tuple[str, ...], debug: bool) -> None:
 
 cli.add_command(shards)
 cli.add_command(export)
+cli.add_command(scores)
 
 
 def _load_all(config: Path, overrides: tuple[str, ...]) -> list[Any]:

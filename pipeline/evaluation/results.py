@@ -84,12 +84,16 @@ def _median_score(task: Task, units: list[Unit], done: dict[Unit, Results]) -> f
 
 
 def _best_point(task: Task, by_point: dict[str, list[Unit]], done: dict[Unit, Results]) -> str:
-    """The point with the best median of the task's score; of equals the first."""
-    return max(sorted(by_point), key=lambda point: _median_score(task, by_point[point], done))
+    """The point with the best median of the task's score; of equals the one with the least learning rate."""
+    return max(_in_order(by_point), key=lambda point: _median_score(task, by_point[point], done))
+
+
+def _in_order(by_point: dict[str, list[Unit]]) -> list[str]:
+    return sorted(by_point, key=lambda point: (by_point[point][0].recipe.lr, by_point[point][0].recipe.layer_decay))
 
 
 def _describe_grid(task: Task, by_point: dict[str, list[Unit]], done: dict[Unit, Results], best: str) -> Results:
-    points = sorted(by_point)
+    points = _in_order(by_point)
     described = [
         {
             "lr": by_point[point][0].recipe.lr,

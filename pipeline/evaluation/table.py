@@ -41,6 +41,18 @@ def markdown_table(results: Mapping[str, Any], size: str) -> str:
     return "\n".join(parts)
 
 
+def comparison_table(found: Sequence[Mapping[str, Any]]) -> str:
+    """Several results side by side: the median of each task's score, per cent, in order of run and FLOPs."""
+    scores = {(task, metric): None for results in found for task, metric in results["score"].items()}
+    rows = [["model", "FLOPs (paper's count)", *(f"{task} {metric}" for task, metric in scores), "GLUE"]]
+    for results in sorted(found, key=lambda results: (results["run"], results.get("flops_paper") or 0.0)):
+        medians = [results["tasks"].get(task, {}).get(metric, {}).get("median") for task, metric in scores]
+        shown = map(_per_cent, [*medians, results.get("glue_average")])
+        best_of_grid = ", best of a grid" if results.get("grid") else ""
+        rows.append([_name(results) + best_of_grid, _flops(results.get("flops_paper")), *shown])
+    return _markdown(rows, text_columns=1)
+
+
 def _median(tasks: Mapping[str, Any], column: Column) -> float | None:
     summary = tasks.get(column.task, {}).get(column.metric)
     return summary["median"] if summary else None

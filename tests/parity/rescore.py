@@ -99,6 +99,7 @@ def main() -> int:
     for name in ("squad1", "squad2"):
         parser.add_argument(f"--{name}", type=Path, nargs=2, metavar=("SCRIPT", "DEV"))
     arguments = parser.parse_args()
+    arguments.run = arguments.run.resolve()
     results = json.loads((arguments.run / "evaluate/results.json").read_text(encoding="utf-8"))
     worst, problems = 0.0, []
     for path in sorted(arguments.run.glob("evaluate/*/*/**/result.json")):
