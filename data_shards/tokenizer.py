@@ -13,6 +13,7 @@ have them anywhere. [SEP] ends every document on disk.
 import hashlib
 import json
 import os
+import unicodedata
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -28,6 +29,8 @@ from data_shards.special import NAMES, SpecialIds
 from data_shards.word_cache import EncodeBatch, WordCache, bert_words, words
 
 MODEL_NAME, VOCABULARY_NAME, LIBRARY_NAME = "tokenizer.model", "vocab.txt", "tokenizer.json"
+
+_MARKS = ("Mn", "Mc", "Me", "Cf")
 
 _OTHER_NAMES = {
     "[PAD]": ("<pad>",), "[UNK]": ("<unk>",), "[CLS]": ("<cls>", "<s>"), "[SEP]": ("<sep>", "</s>"),
@@ -115,10 +118,15 @@ class Tokenizer:
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Ids as ``encode`` gives them, and for each the characters ``[begin, end)`` of ``text`` that it stands for.
 
-        White space belongs to no token; a piece that stands for nothing else is an empty range.
+        White space belongs to no token; a piece that stands for nothing else is an empty range. Marks that the
+        tokenizer drops, such as accents, belong to the letter before them.
         """
         ids, spans = self._engine.encode_with_offsets(text)
-        return ids, [_without_outer_spaces(text, begin, end) for begin, end in spans]
+        spans = [_without_outer_spaces(text, begin, end) for begin, end in spans]
+        following = [begin for begin, _ in spans[1:]] + [len(text)]
+        return ids, [
+            (b, _over_marks(text, e, limit) if e > b else e) for (b, e), limit in zip(spans, following, strict=False)
+        ]
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ids; special tokens decode to nothing."""
@@ -313,6 +321,13 @@ class LibraryEngine:
         number = self._library.token_to_id(piece)
         assert number is not None
         return number
+
+
+def _over_marks(text: str, end: int, limit: int) -> int:
+    """The end of the marks and joiners that follow ``end``, at most ``limit``."""
+    while end < limit and unicodedata.category(text[end]) in _MARKS:
+        end += 1
+    return end
 
 
 def _without_outer_spaces(text: str, begin: int, end: int) -> tuple[int, int]:

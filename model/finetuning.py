@@ -87,11 +87,11 @@ class FineTunedElectra(nn.Module):
 
 
 class LinearHead(nn.Module):
-    """Dropout and one linear layer, on [CLS] or on the first token of each word."""
+    """One linear layer, on [CLS] (with dropout before it) or on the first token of each word (without, as released)."""
 
-    def __init__(self, config: ModelConfig, num_outputs: int):
+    def __init__(self, config: ModelConfig, num_outputs: int, dropout: float):
         super().__init__()
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = nn.Dropout(dropout)
         self.output = _glorot_linear(config.hidden_size, num_outputs)
 
     def forward(self, hidden_TH: Tensor, places_N: Tensor) -> Tensor:

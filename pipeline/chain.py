@@ -15,6 +15,7 @@ from pipeline.config import Config
 from pipeline.distributed import Process, leave_together
 from pipeline.environment import describe_environment
 from pipeline.errors import FORESEEN, ConfigError, ElectraError, StoppedEarly
+from pipeline.evaluation.stored import read_results
 from pipeline.keys import EVALUATE_SELECTION, science_of
 from pipeline.launch import launch, num_processes, threads_per_process
 from pipeline.log import logger
@@ -25,6 +26,7 @@ from pipeline.stages import (
     end_record,
     move_aside,
     read_record,
+    refuse_changed_recipe,
     refuse_changed_science,
     run_lock,
     stage_folder,
@@ -141,11 +143,12 @@ def _decide_evaluate(config: Config, upstream: StageRecord | None) -> Decision:
         return Decision("evaluate", "run", "never started under this name", inputs)
     changed = differences(record.inputs, inputs)
     foreign = [line for line in changed if line.startswith("evaluate.") and not line.startswith(EVALUATE_SELECTION)]
-    if foreign and (stage_folder(config, "evaluate") / "results.json").exists():
-        raise refuse_changed_science(config, foreign, "evaluate")
+    results = read_results(stage_folder(config, "evaluate") / "results.json")
+    if foreign and results:
+        raise refuse_changed_recipe(config, foreign)
     if changed:
         return Decision("evaluate", "run", f"changed: {'; '.join(changed)}; finished units are kept", inputs)
-    if record.state == "done" and (stage_folder(config, "evaluate") / "results.json").exists():
+    if record.state == "done" and results:
         return Decision("evaluate", "reuse", "up to date", inputs)
     return Decision("evaluate", "resume", f"{record.state} before; finished units are kept", inputs)
 
@@ -228,7 +231,7 @@ def _run_here(config: Config, stage: str, decision: Decision, arguments: list[st
         return
     record = read_record(config, stage)
     if record and record.state == "running":  # it died without a word
-        end_record(config, record, "failed")
+        end_record(config, record, "stopped" if code == StoppedEarly.exit_code else "failed")
     failure = StoppedEarly("") if code == StoppedEarly.exit_code else ElectraError("")
     failure.exit_code = code
     raise failure  # the process has said why
@@ -256,9 +259,14 @@ def execute_stage(config: Config, decision: Decision, process: Process) -> None:
         logger.info("%s: done", stage)
 
 
-def _is_over(config: Config, stage: str) -> bool:
+def _ship_the_end(config: Config, stage: str) -> None:
+    """The element of an array that ships to MLflow may have ended before the last one."""
+    from pipeline.tracking import Shipper, needs_shipping
+
     record = read_record(config, stage)
-    return record is not None and record.state == "done"
+    if record is not None and record.state != "running" and needs_shipping(config):
+        with Shipper(config):
+            pass
 
 
 def _is_done_by_others(config: Config, record: StageRecord) -> bool:
@@ -306,7 +314,7 @@ def run_as_rank(config: Config, stage: str, process: Process, launched_here: boo
         process: Which of the processes this is.
         launched_here: Whether an ``electra`` process above holds the lock and ships to MLflow.
     """
-    from pipeline.tracking import Shipper, needs_shipping
+    from pipeline.tracking import Shipper
 
     decision = decide(config, stage)
     if decision.action == "wait":
@@ -321,9 +329,9 @@ def run_as_rank(config: Config, stage: str, process: Process, launched_here: boo
                 stack.enter_context(run_lock(config, shared=stage in SHARED))
                 if share.part == 0:
                     stack.enter_context(Shipper(config))
+            if share.part and process.rank == 0:
+                stack.callback(_ship_the_end, config, stage)
             execute_stage(config, decision, process)
-            if share.part and process.rank == 0 and _is_over(config, stage) and needs_shipping(config):
-                stack.enter_context(Shipper(config))  # the element with the shipper may have ended before
     except StoppedEarly as stopped:
         leave_together(_PATIENCE_S)
         raise StoppedEarly(str(stopped) if process.rank == 0 else "") from None

@@ -74,6 +74,9 @@ _prefetch_option = click.option(
 )
 
 
+_force_option = click.option("--force", is_flag=True, help="Move the results that the run has aside.")
+
+
 def _nothing(command: Any) -> Any:
     return command
 
@@ -84,8 +87,16 @@ def _stage_command(stage: str, help_text: str) -> None:
     @_overrides
     @click.option("--check", is_flag=True, help="Only check, within seconds, that the stage could start here.")
     @(_prefetch_option if stage == "evaluate" else _nothing)
+    @(_force_option if stage == "evaluate" else _nothing)
     @_debug_option
-    def command(config: Path, overrides: tuple[str, ...], check: bool, debug: bool, prefetch: bool = False) -> None:
+    def command(
+        config: Path,
+        overrides: tuple[str, ...],
+        check: bool,
+        debug: bool,
+        prefetch: bool = False,
+        force: bool = False,
+    ) -> None:
         from pipeline.distributed import Process, discover_process, exit_when_told_to_stop, place_in_array
 
         _set_debug(debug)
@@ -108,14 +119,17 @@ def _stage_command(stage: str, help_text: str) -> None:
                 check_stage(settings, stage)
             return
         if len(configs) > 1:
-            _run_variants(stage, configs, config, overrides, [[] for _ in configs])
+            _run_variants(stage, configs, config, overrides, [["--force"] * force for _ in configs])
             return
         settings = configs[0]
         if process is None and stage in ("tokenize", "evaluate") and place_in_array()[1] > 1:
             process = Process()  # an array's element that was started without srun
+            exit_when_told_to_stop()
         if process is None:
-            _run_stages(settings, (stage,), config, overrides, None)
+            _run_stages(settings, (stage,), config, overrides, stage if force else None)
             return
+        if force:
+            raise click.UsageError("--force is for a single process: move the results aside before starting the job")
         _run_as_rank(settings, stage, process)
 
 

@@ -217,6 +217,9 @@ class FineTuning(Section):
     )
     epochs: int | None = Field(None, ge=1, description="Passes over the training examples; 3, RTE and STS-B 10, QA 2.")
     batch_size: int | None = Field(None, ge=1, description="Examples per step; 32.")
+    batch_loss: Literal["sum", "mean"] | None = Field(
+        None, description="Whose gradient is clipped to norm 1: sum over the batch (default, released), or mean."
+    )
     warmup_fraction: float | None = Field(None, ge=0, le=1, description="Share of the steps that warm up; 0.1.")
     weight_decay: float | None = Field(None, ge=0, description="Paper: 0 (default); released code: 0.01.")
     max_length: int | None = Field(

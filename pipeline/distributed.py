@@ -7,6 +7,7 @@ host, beside whatever the gradients use, so that they never wait for a GPU.
 import os
 import signal
 import socket
+import threading
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -23,6 +24,8 @@ LISTENER = "ELECTRA_LISTENER"
 
 RENDEZVOUS = "ELECTRA_RENDEZVOUS"
 """Environment variable: name of this meeting, where one store sees several in turn."""
+
+_LONGEST_RENDEZVOUS = timedelta(minutes=30)
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 """What asks for a checkpoint and an exit: Slurm, a user's Ctrl-C, a site's preemption."""
@@ -126,6 +129,7 @@ def _meet(process: Process, timeout: timedelta) -> Any:
     """The store through which the processes find each other; one process needs no port for that."""
     import torch.distributed as dist
 
+    timeout = min(timeout, _LONGEST_RENDEZVOUS)
     if process.world_size == 1:
         return dist.HashStore()
     if LISTENER in os.environ:
@@ -162,9 +166,17 @@ def leave_together(patience_s: float) -> None:
     ignore_stop_signals()
     if not dist.is_initialized():
         return
-    with suppress(RuntimeError):  # a process that is gone cannot be waited for
-        dist.monitored_barrier(Control.host_group, timedelta(seconds=patience_s))
-    dist.destroy_process_group()
+
+    def wait() -> None:
+        with suppress(RuntimeError):  # a process that is gone cannot be waited for
+            dist.monitored_barrier(Control.host_group, timedelta(seconds=patience_s))
+
+    # Only rank 0's barrier keeps to the time that it is given; that of the others is the group's, which may be days.
+    waiting = threading.Thread(target=wait, daemon=True)
+    waiting.start()
+    waiting.join(patience_s + 1)
+    if not waiting.is_alive():
+        dist.destroy_process_group()
 
 
 class Control:

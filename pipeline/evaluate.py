@@ -5,8 +5,10 @@
 Processes of a job, and jobs of an array, share the units; each is done once. A unit that fails does not stop the rest.
 """
 
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -21,9 +23,16 @@ from pipeline.distributed import (
     processes_on_this_machine,
     resolve_device,
 )
-from pipeline.errors import ElectraError, StoppedEarly
-from pipeline.evaluation.pretrained import find_more, find_pretrained
-from pipeline.evaluation.results import Results, gather, write_progress, write_results, write_summary
+from pipeline.errors import FORESEEN, ElectraError, StoppedEarly
+from pipeline.evaluation.pretrained import Pretrained, find_more, find_pretrained
+from pipeline.evaluation.results import (
+    Results,
+    gather,
+    set_aside_others,
+    write_progress,
+    write_results,
+    write_summary,
+)
 from pipeline.evaluation.runner import Runner
 from pipeline.evaluation.tasks import load_tasks
 from pipeline.evaluation.units import Shift, Unit, plan_units
@@ -33,6 +42,8 @@ from pipeline.stages import StageRecord, stage_folder
 from pipeline.stopping import StopRequest
 
 _LONGEST_WAIT = timedelta(days=2)  # of a process whose units were short for one whose units are long
+_MOST_FAILURES_IN_A_ROW = 3
+Plan = TypeVar("Plan")
 
 
 def run_evaluate(config: Config, record: StageRecord, process: Process) -> bool:
@@ -55,65 +66,109 @@ def run_evaluate(config: Config, record: StageRecord, process: Process) -> bool:
 
     if process.rank == 0:
         remove_abandoned(folder)
-    tasks = load_tasks(config)
-    for task in tasks:
-        task.check()
-    chosen = find_pretrained(config)
-    sources = {source.label: source for source in [chosen, *find_more(config)]}
-    of_each = {label: plan_units(config, folder, source, tasks) for label, source in sources.items()}
+        set_aside_others(folder, record.fingerprint)
+    of_each = _agree(control, lambda: _plan(config, folder))
     units = [unit for of_one in of_each.values() for unit in of_one]
     logger.info("%s: %d of %d units to do", ", ".join(of_each), sum(not u.finished() for u in units), len(units))
 
     element, elements = place_in_array()
     share, shares = element * process.world_size + process.rank, elements * process.world_size
     shift, stop = Shift(units, share, shares, may_leave=elements > 1), StopRequest()
-    runner = Runner(config, device)
-    for unit, claim in shift.claims(stop.reason):
-        with claim:
-            _do(runner, unit, stop)
-        if unit.pretrained.label == chosen.label:
-            write_progress(folder, gather(config, of_each[chosen.label]), record.fingerprint)
+    chosen = next(iter(of_each.values()))
+    _work(config, shift, Runner(config, device), stop, lambda: write_progress(folder, gather(config, chosen, record)))
 
     (stops,) = control.sum([float(stop.reason() is not None)])
     done = f"{sum(unit.finished() is not None for unit in units)} of {len(units)} units done"
     if stops:
         ignore_stop_signals()
         raise StoppedEarly(f"stopped with {done}; the same command goes on")
-    if shift.pending():
+    if elements > 1 and shift.pending():
         logger.info("%s; other jobs of the array do the rest", done)
         return False
     if process.rank == 0:
-        _refuse_failures(folder, units, done)
-        results = {label: gather(config, of_one) for label, of_one in of_each.items()}
-        for label, of_one in of_each.items():
-            write_results(folder, results[label], of_one)
-        write_summary(folder, results[chosen.label], record.fingerprint)
-        record.output = {"checkpoint_step": chosen.step, "results": str(folder / "results.json")}
-        record.metrics, record.metrics_step = metrics_of(results[chosen.label]), chosen.step
+        _refuse_missing(folder, units, done)
+        for of_one in of_each.values():
+            write_results(folder, gather(config, of_one, record), of_one)
+        results = gather(config, chosen, record)
+        write_summary(folder, results)
+        step = chosen[0].pretrained.step
+        record.output = {"checkpoint_step": step, "results": str(folder / "results.json")}
+        record.metrics, record.metrics_step = metrics_of(results), step
     return True
 
 
-def _do(runner: Runner, unit: Unit, stop: StopRequest) -> None:
-    """Does one unit; a failure is noted beside it, and the next one goes on."""
+def _plan(config: Config, folder: Path) -> dict[str, list[Unit]]:
+    """The units of each checkpoint, the configured one first; everything that can be checked has been."""
+    tasks = load_tasks(config)
+    for task in tasks:
+        task.check()
+    sources: dict[str, Pretrained] = {}
+    for source in [find_pretrained(config), *find_more(config)]:
+        sources.setdefault(source.label, source)
+    units = {label: plan_units(config, folder, source, tasks) for label, source in sources.items()}
+    for task in tasks:
+        task.forget_examples()  # those of all tasks together may not fit into memory
+    return units
+
+
+def _agree(control: Control, plan: Callable[[], Plan]) -> Plan:
+    """The plan, where every process has one.
+
+    Raises:
+        ElectraError: The first process's that has none, on all of them, before any of them trains.
+    """
+    planned, problem = None, None
     try:
-        result = runner.run(unit, stop.reason)
-    except (ElectraError, RuntimeError, OSError, ValueError) as error:
-        unit.write_failure(error)
-        logger.error("%s failed: %s", unit.name, error, exc_info=not isinstance(error, ElectraError))
-        return
-    if result:
-        scores = ", ".join(f"{name} {value:.4f}" for name, value in result["metrics"].items())
-        logger.info("%s: %s in %.1f s", unit.name, scores, result["seconds"])
+        planned = plan()
+    except (*FORESEEN, OSError) as error:
+        problem = (str(error), int(getattr(error, "exit_code", 1)))
+    problems = [found for found in control.gather(problem) if found]
+    if problems:
+        message, code = problems[0]
+        refusal = ElectraError(message if control.is_first else "")  # said once
+        refusal.exit_code = code
+        raise refusal
+    assert planned is not None
+    return planned
 
 
-def _refuse_failures(folder: Path, units: list[Unit], done: str) -> None:
+def _work(config: Config, shift: Shift, runner: Runner, stop: StopRequest, report: Callable[[], None]) -> None:
+    """Does units until there are none left to begin; a failure is noted beside its unit, and the next one goes on."""
+    failures_in_a_row = 0
+    for unit, claim in shift.claims(stop.reason):
+        with claim:
+            try:
+                result = runner.run(unit, stop.reason)
+                failures_in_a_row = 0
+            except Exception as error:  # whatever it is, the other units are not to suffer
+                unit.write_failure(error, shift.process)
+                logger.error("%s failed: %s", unit.name, error, exc_info=not isinstance(error, ElectraError))
+                failures_in_a_row += not isinstance(error, ElectraError)
+                result = None
+        if result:
+            scores = ", ".join(f"{name} {value:.4f}" for name, value in result["metrics"].items())
+            logger.info("%s: %s in %.1f s", unit.name, scores, result["seconds"])
+        report()
+        if failures_in_a_row == _MOST_FAILURES_IN_A_ROW:
+            logger.error("%d units failed in a row, as if this machine were at fault; no more here", failures_in_a_row)
+            return
+
+
+def _refuse_missing(folder: Path, units: list[Unit], done: str) -> None:
     """Ends the stage where units are missing: they failed, or others did that they start from."""
-    failures = [f"{unit.name}: {error}" for unit in units if (error := unit.failure()) and not unit.finished()]
-    if failures:
-        raise ElectraError(
-            f"{done}, the others failed:\n  " + "\n  ".join(failures) + f"\n{folder}/results_so_far.json has what is "
-            "there, and the same command tries the rest again"
-        )
+    missing = [unit for unit in units if not unit.finished()]
+    if not missing:
+        return
+    of_reason: dict[str, list[str]] = {}
+    for unit in missing:
+        waits = unit.needs is not None and not unit.needs.finished()
+        reason = unit.failure() or ("what it starts from is missing" if waits else "not tried")
+        of_reason.setdefault(reason, []).append(unit.name)
+    lines = [f"{names[0]}{f' and {len(names) - 1} more' * (len(names) > 1)}: {why}" for why, names in of_reason.items()]
+    raise ElectraError(
+        f"{done}, the others failed:\n  " + "\n  ".join(lines) + f"\n{folder}/results_so_far.json has what is there, "
+        "and the same command tries the rest again"
+    )
 
 
 def metrics_of(results: Results) -> dict[str, float]:

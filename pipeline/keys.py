@@ -40,10 +40,11 @@ SCIENCE: dict[str, tuple[str, ...]] = {
     "evaluate": (
         "evaluate.tasks", "evaluate.seeds", "evaluate.checkpoint", "evaluate.more_checkpoints", "evaluate.grid_lr",
         "evaluate.grid_layer_decay", "evaluate.lr", "evaluate.layer_decay", "evaluate.layer_decay_depth",
-        "evaluate.epochs", "evaluate.batch_size", "evaluate.warmup_fraction", "evaluate.weight_decay",
-        "evaluate.max_length", "evaluate.dropout", "evaluate.both_orders", "evaluate.span_head",
-        "evaluate.max_question_length", "evaluate.stride", "evaluate.max_answer_length", "evaluate.beam_size",
-        "evaluate.answerable_weight", "evaluate.no_answer_threshold", "evaluate.precision", "evaluate.mnli_init",
+        "evaluate.epochs", "evaluate.batch_size", "evaluate.batch_loss", "evaluate.warmup_fraction",
+        "evaluate.weight_decay", "evaluate.max_length", "evaluate.dropout", "evaluate.both_orders",
+        "evaluate.span_head", "evaluate.max_question_length", "evaluate.stride", "evaluate.max_answer_length",
+        "evaluate.beam_size", "evaluate.answerable_weight", "evaluate.no_answer_threshold", "evaluate.precision",
+        "evaluate.mnli_init",
     ),
 }  # fmt: skip
 

@@ -128,7 +128,7 @@ class Children:
     def wait(self) -> int:
         """Waits for those that run; returns one exit code for all."""
         deadline, killed = None, set()
-        while any(child.poll() is None for child in self._running):
+        while None in [child.poll() for child in self._running]:  # each of them, or its death is not seen
             if deadline is None and any(child.returncode for child in self._running):
                 deadline = time.monotonic() + _GRACE_S
             if deadline is not None and time.monotonic() > deadline:

@@ -10,11 +10,11 @@ from pipeline.deepspeed_config import build_deepspeed_config
 from pipeline.distributed import resolve_device
 from pipeline.engine import check_precision
 from pipeline.errors import ConfigError
-from pipeline.evaluation.pretrained import find_pretrained
-from pipeline.evaluation.recipes import recipes_for
+from pipeline.evaluation.pretrained import find_more, find_pretrained
 from pipeline.evaluation.tasks import load_tasks
+from pipeline.evaluation.units import plan_units
 from pipeline.plan import make_plan
-from pipeline.stages import shard_folders
+from pipeline.stages import shard_folders, stage_folder
 from pipeline.tokenize import check_given_tokenizer, corpora_of, load_tokenize_output
 
 
@@ -54,6 +54,5 @@ def _check_tasks(config: Config) -> None:
     tasks = load_tasks(config)
     for task in tasks:
         task.check()
-    pretrained = find_pretrained(config, installs=False)
-    for task in tasks:
-        recipes_for(config.evaluate, task.config, pretrained.model)
+    for pretrained in [find_pretrained(config, installs=False), *find_more(config)]:
+        plan_units(config, stage_folder(config, "evaluate"), pretrained, tasks)

@@ -1,6 +1,5 @@
 """What `electra status` and the end of a run show."""
 
-import json
 from typing import Any
 
 import click
@@ -8,6 +7,7 @@ import click
 from pipeline.chain import plan_stages, stages_of
 from pipeline.config import Config
 from pipeline.errors import FORESEEN
+from pipeline.evaluation.stored import read_results
 from pipeline.journal import read_entries
 from pipeline.stages import STAGES, is_running, read_record, stage_folder
 from pipeline.tracking import read_tracking, resolve_uri
@@ -44,10 +44,10 @@ def describe_status(config: Config) -> dict[str, Any]:
 
 def _units_of(config: Config) -> dict[str, Any]:
     """Units that are done, and the medians so far; nothing before the first one."""
-    path = stage_folder(config, "evaluate") / "results_so_far.json"
-    if not path.exists():
+    record = read_record(config, "evaluate")
+    results = read_results(stage_folder(config, "evaluate") / "results_so_far.json")
+    if record is None or results is None or results["fingerprint"] != record.fingerprint:
         return {}
-    results = json.loads(path.read_text(encoding="utf-8"))
     scores = {task: results["tasks"][task][metric]["median"] for task, metric in results["score"].items()}
     return {"units": results["units"], "scores_so_far": scores, "failed": results["failed"]}
 
@@ -59,7 +59,8 @@ def format_status(found: dict[str, Any]) -> str:
         progress = f"  step {about['step']:,} of {about['steps']:,}" if "step" in about else ""
         if "units" in about:
             scores = ", ".join(f"{task} {value:.4f}" for task, value in about["scores_so_far"].items())
-            progress = f"  {about['units']['done']} of {about['units']['of']} units; medians so far: {scores}"
+            progress = f"  {about['units']['done']} of {about['units']['of']} units; medians so far: {scores or 'none'}"
+            progress += "".join(f"\n    failed: {f['task']}, seed {f['seed']}: {f['error']}" for f in about["failed"])
         lines.append(f"  {stage:9} {about['state']:12}{progress}")
     lines += [f"  a rerun would {stage}: {action}" for stage, action in found["rerun"].items()]
     for stage, run_id in found["mlflow"].get("runs", {}).items():
@@ -85,9 +86,9 @@ def print_summary(config: Config) -> None:
         )
     if "held_out/prediction_accuracy" in metrics:
         click.echo(f"               originals predicted: {100 * metrics['held_out/prediction_accuracy']:.1f} %")
-    results_path = stage_folder(config, "evaluate") / "results.json"
-    if results_path.exists():
-        for task, scores in json.loads(results_path.read_text(encoding="utf-8"))["tasks"].items():
+    results = read_results(stage_folder(config, "evaluate") / "results.json")
+    if results:
+        for task, scores in results["tasks"].items():
             for metric, values in scores.items():
                 runs = ", ".join(f"{value:.3f}" for value in values["values"])
                 click.echo(f"{task}: {metric} {values['median']:.3f} (median of {runs})")

@@ -1,7 +1,7 @@
 """`electra scores`: the results of several runs, or of several checkpoints of one, side by side."""
 
-import json
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -17,18 +17,20 @@ def scores(runs: tuple[Path, ...], out: Path | None) -> None:
     from pipeline.evaluation.plot import plot_run
     from pipeline.evaluation.table import comparison_table
 
-    files = [path for run in runs for path in _results_of(run)]
-    click.echo(comparison_table([json.loads(path.read_text(encoding="utf-8")) for path in files]))
+    found = [results for run in runs for results in _results_of(run)]
+    click.echo(comparison_table(found))
     if out:
         out.mkdir(parents=True, exist_ok=True)
-        drawn = plot_run(files, out)
+        drawn = plot_run(found, out)
         click.echo(f"plot: {drawn}" if drawn else "no plot: none of these has FLOPs, as runs of this program have")
 
 
-def _results_of(run: Path) -> list[Path]:
+def _results_of(run: Path) -> list[dict[str, Any]]:
     from pipeline.errors import ConfigError
+    from pipeline.evaluation.stored import read_results
 
-    found = sorted(run.glob("evaluate/*/results.json"))
+    read = map(read_results, sorted(run.glob("evaluate/*/results.json")))
+    found = [results for results in read if results]
     if not found:
         raise ConfigError(f"{run}: no results in it (evaluate/*/results.json); give a run's folder, evaluated")
     return found

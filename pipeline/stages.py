@@ -134,6 +134,16 @@ def refuse_changed_science(config: Config, changed: list[str], force_stage: str)
     )
 
 
+def refuse_changed_recipe(config: Config, changed: list[str]) -> ConfigError:
+    """The error for another way of fine-tuning under a name that has results of one already."""
+    return ConfigError(
+        f"run {config.run.name!r} already has results, and these keys changed under it:\n  "
+        + "\n  ".join(changed)
+        + "\nnothing was touched. Two ways on: `electra evaluate … --force` to move the old results aside; another "
+        "run.name, for which evaluate.checkpoint=FOLDER is all that has to be there (`electra export` makes one)"
+    )
+
+
 def move_aside(config: Config, stage: str) -> None:
     """Moves a stage's outputs, and those of the stages after it, aside; deletes nothing."""
     for name in STAGES[STAGES.index(stage) :]:

@@ -172,6 +172,8 @@ class Mirror:
         if results["fingerprint"] != record.fingerprint or self._seen.get(f"tasks {stage_run}") == seen:
             return  # of other inputs; or shipped already
         for task, of_task in results["tasks"].items():
+            if task in results["grid"] and task not in results["complete"]:
+                continue  # another point may turn out to be the best
             run_id = self._run("evaluate", record.lineage, stage_run, task)
             self._log_params(run_id, results["recipes"][task])
             now_ms = int(time.time() * 1000)
@@ -194,7 +196,8 @@ class Mirror:
             names = ("results.json", "results.md", "scores_and_flops.png")
             files = [self._folder / "config.yaml", environment, *(self._folder / stage / name for name in names)]
             for file in files:
-                if file.exists():
+                is_of_stage = file.parent == self._folder / stage
+                if file.exists() and (record.state == "done" or not is_of_stage):  # else they are an earlier one's
                     self._client.log_artifact(run_id, str(file))
         self._seen[f"artifacts {run_id}"] = seen
 

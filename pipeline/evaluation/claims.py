@@ -9,6 +9,7 @@ results are the same.
 """
 
 import os
+import re
 import threading
 from contextlib import suppress
 from pathlib import Path
@@ -17,6 +18,7 @@ from types import TracebackType
 from data_shards.temporaries import Watch, temporary_path
 
 _BEAT_EVERY_S = 10.0
+_HEARTBEAT = re.compile(r"\.claim\.[^/]*~\d+\.tmp")  # anything else in a claim is damage
 
 
 class Claim:
@@ -55,12 +57,12 @@ def take(folder: Path, watch: Watch) -> Claim | None:
     claim = folder / "claim"
     owner = _read(claim)
     if owner is not None:
-        if watch.is_alive(folder / owner):
+        if _HEARTBEAT.fullmatch(owner) and watch.is_alive(folder / owner):
             return None
         _remove_stale(claim, owner)
     heartbeat = temporary_path(claim)
     heartbeat.write_text("")
-    name = heartbeat.with_name(f"{heartbeat.name.removesuffix('.tmp')}~name.tmp")
+    name = temporary_path(folder / "claim.name")
     name.write_text(heartbeat.name)
     try:
         os.link(name, claim)
@@ -72,15 +74,20 @@ def take(folder: Path, watch: Watch) -> Claim | None:
     return Claim(claim, heartbeat)
 
 
+def clear(folder: Path) -> None:
+    """Removes the claim to a unit that is done; its owner was killed after that."""
+    (folder / "claim").unlink(missing_ok=True)
+
+
 def is_beating(folder: Path, watch: Watch) -> bool:
     """Whether this process has seen the owner of a unit's claim at work, and not only its claim."""
     owner = _read(folder / "claim")
-    return owner is not None and watch.is_beating(folder / owner)
+    return owner is not None and bool(_HEARTBEAT.fullmatch(owner)) and watch.is_beating(folder / owner)
 
 
 def _read(claim: Path) -> str | None:
     try:
-        return claim.read_text(encoding="utf-8")
+        return claim.read_text(encoding="utf-8", errors="replace")
     except FileNotFoundError:
         return None
 
@@ -94,4 +101,5 @@ def _remove_stale(claim: Path, owner: str) -> None:
             with suppress(FileExistsError):
                 os.link(aside, claim)
         aside.unlink()
-    (claim.parent / owner).unlink(missing_ok=True)
+    if _HEARTBEAT.fullmatch(owner):
+        (claim.parent / owner).unlink(missing_ok=True)

@@ -65,7 +65,7 @@ def _text_maker(config: TaskConfig, labelled: bool) -> Maker:
     to_label = _score if config.kind == "regression" else _class_name
 
     def make(values: tuple[Any, ...], number: int) -> Example:
-        texts = tuple([_text(value, config.text[i]) for i, value in enumerate(values[:num_texts])])
+        texts = tuple([_text(value, config.text[i], labelled) for i, value in enumerate(values[:num_texts])])
         label = to_label(values[num_texts], config) if labelled else None
         if classes and labelled and label not in classes:
             raise ValueError(f"label {label!r} is not among labels: {shorten(config.labels)}")
@@ -75,14 +75,14 @@ def _text_maker(config: TaskConfig, labelled: bool) -> Maker:
     return make
 
 
-def _text(value: Any, name: str) -> str:
+def _text(value: Any, name: str, labelled: bool) -> str:
     if isinstance(value, int | float) and not isinstance(value, bool):
         value = str(value)
     if value is not None and not isinstance(value, str):
         raise ValueError(f"{name} is {type(value).__name__}, not a text")
-    if not value or value.isspace():
+    if labelled and (not value or value.isspace()):  # an unlabelled row has to be predicted, whatever it is
         raise ValueError(f"{name} is empty")
-    return value
+    return value or ""
 
 
 def _class_name(value: Any, config: TaskConfig) -> str:
@@ -137,7 +137,7 @@ def _question(values: tuple[Any, ...], config: TaskConfig, labelled: bool) -> Qu
     *_, name, flag = values
     if name is None or name == "":
         raise ValueError("a question without id; answers are handed in by it")
-    question, context = (_text(value, config.text[i]) for i, value in enumerate(values[:2]))
+    question, context = (_text(value, config.text[i], labelled) for i, value in enumerate(values[:2]))
     answers = _answers(values[2], context) if labelled else ()
     if labelled:
         _check_possible(bool(answers), flag, config.no_answer)

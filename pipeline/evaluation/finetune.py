@@ -120,9 +120,10 @@ class FineTuning:
         for group in self._optimizer.param_groups:
             group["lr"] = linear_times_warmup(group["peak_lr"], self.step, self.plan.warmup_steps, self.plan.steps)
         batch = self._batch()
+        divisor = len(batch) if self._recipe.batch_loss == "mean" else 1
         for features in split_by_tokens(batch, _TRAIN_TOKENS):
             with autocast(self._device, self._recipe):
-                loss = _loss(self._model, self._processor, features, self._device) / len(batch)
+                loss = _loss(self._model, self._processor, features, self._device) / divisor
             loss.backward()
         norm = nn.utils.clip_grad_norm_(self._model.parameters(), _CLIP)
         self._optimizer.step()

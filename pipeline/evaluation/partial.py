@@ -8,6 +8,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from data_shards.temporaries import publish, temporary_path
+from pipeline.errors import ElectraError
 from pipeline.log import logger
 from pipeline.optimizer import ElectraAdamW
 
@@ -23,13 +24,8 @@ class PartialState:
 
     def save(self, model: nn.Module, optimizer: ElectraAdamW, step: int) -> None:
         """Writes the state after ``step`` updates."""
-        tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in _tensors(model, optimizer).items()}
-        temporary = temporary_path(self._path)
-        try:
-            save_file(tensors, temporary, {"step": str(step), "fingerprint": self._fingerprint})
-            publish(temporary, self._path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        about = {"step": str(step), "fingerprint": self._fingerprint}
+        write_tensors(self._path, _tensors(model, optimizer), about)
 
     @torch.no_grad()
     def load(self, model: nn.Module, optimizer: ElectraAdamW) -> int:
@@ -54,6 +50,31 @@ class PartialState:
     def discard(self) -> None:
         """Removes the file; the unit is done."""
         self._path.unlink(missing_ok=True)
+
+
+def fingerprint_of(path: Path) -> str | None:
+    """The fingerprint that a safetensors file was written with; None where there is none that can be read."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return (file.metadata() or {}).get("fingerprint")
+    except (SafetensorError, OSError):
+        return None
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], about: dict[str, str]) -> None:
+    """A safetensors file, whole or absent.
+
+    Raises:
+        ElectraError: It cannot be written.
+    """
+    temporary = temporary_path(path)
+    try:
+        save_file({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, temporary, about)
+        publish(temporary, path)
+    except (SafetensorError, OSError) as error:
+        raise ElectraError(f"{path}: cannot be written ({error}); check permissions and free space") from error
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _tensors(model: nn.Module, optimizer: ElectraAdamW) -> dict[str, Tensor]:

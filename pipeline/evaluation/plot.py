@@ -69,9 +69,8 @@ def plot_scores(points: Sequence[ScorePoint], task: str, out: Path) -> None:
     _publish({task: points}, out)
 
 
-def plot_run(results_files: Sequence[Path], folder: Path) -> Path | None:
-    """Draws every task of these results.json, a panel each; None if nothing in them has both a score and FLOPs."""
-    found = [json.loads(path.read_text(encoding="utf-8")) for path in results_files]
+def plot_run(found: Sequence[Mapping[str, Any]], folder: Path) -> Path | None:
+    """Draws every task of these results, a panel each; None if nothing in them has both a score and FLOPs."""
     tasks = [GLUE, *dict.fromkeys(task for results in found for task in results["tasks"])]
     panels, without_flops = {}, set()
     for task in tasks:

@@ -54,6 +54,10 @@ class Pretrained:
         """Its plain weights, read at first use."""
         return self.read()
 
+    def forget_weights(self) -> None:
+        """Frees their memory; they are read again at the next use."""
+        self.__dict__.pop("weights", None)
+
     def load_into(self, model: nn.Module) -> None:
         """Copies embeddings and encoder into a model to fine-tune; the task's head stays as initialised."""
         with torch.no_grad():

@@ -21,8 +21,8 @@ _BY_SIZE: dict[Size, dict[str, Any]] = {
     "large": {"lr": 5e-5, "layer_decay": 0.9},
 }
 _COMMON: dict[str, Any] = {
-    "layer_decay_depth": "released", "epochs": 3, "batch_size": 32, "warmup_fraction": 0.1, "weight_decay": 0.0,
-    "dropout": 0.1, "both_orders": True, "span_head": "joint", "stride": 128,
+    "layer_decay_depth": "released", "epochs": 3, "batch_size": 32, "batch_loss": "sum", "warmup_fraction": 0.1,
+    "weight_decay": 0.0, "dropout": 0.1, "both_orders": True, "span_head": "joint", "stride": 128,
     "max_answer_length": 30, "beam_size": 20, "answerable_weight": 0.5,
 }  # fmt: skip
 _MAX_LENGTH = {"tagging": 256, "question_answering": 512}  # all others 128
@@ -61,6 +61,7 @@ class Recipe:
     layer_decay_depth: LayerDecayDepth
     epochs: int
     batch_size: int
+    batch_loss: Literal["sum", "mean"]
     warmup_fraction: float
     weight_decay: float
     max_length: int

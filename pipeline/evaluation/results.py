@@ -8,28 +8,30 @@ evaluate/scores_and_flops.png              all of them, against what pretraining
 """
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 from data_shards.store import write_json
 from data_shards.temporaries import publish_bytes
 from pipeline.config import Config
+from pipeline.evaluation.claims import clear
 from pipeline.evaluation.plot import plot_run
 from pipeline.evaluation.pretrained import Pretrained
 from pipeline.evaluation.recipes import size_of
 from pipeline.evaluation.scores import summarize
-from pipeline.evaluation.submission import write_glue, write_squad
+from pipeline.evaluation.stored import Results, read_results
+from pipeline.evaluation.submission import GLUE_FILES, check_complete, write_glue, write_squad
 from pipeline.evaluation.table import glue_average, markdown_table
 from pipeline.evaluation.tasks import Task
 from pipeline.evaluation.units import Unit
 from pipeline.log import logger
 from pipeline.plan import make_plan
+from pipeline.stages import StageRecord
 
-Results = dict[str, Any]
 
-
-def gather(config: Config, units: list[Unit]) -> Results:
-    """Everything that is known of the units of one checkpoint so far."""
+def gather(config: Config, units: list[Unit], record: StageRecord) -> Results:
+    """Everything that is known of the units of one checkpoint so far; ``record`` is the stage's."""
     pretrained = units[0].pretrained
     done = {unit: result for unit in units if (result := unit.finished())}
     tasks: dict[str, Any] = {}
@@ -51,15 +53,17 @@ def gather(config: Config, units: list[Unit]) -> Results:
     first = {name: chosen[0] for name, chosen in chosen_units.items()}
     return {
         **_about(config, pretrained),
+        "fingerprint": record.fingerprint,
         "tasks": tasks,
         "score": {name: unit.task.config.metrics[0] for name, unit in first.items()},
         "glue_average": glue_average(tasks),
         "recipes": {name: unit.recipe.to_dict() for name, unit in first.items()},
         "seeds": {name: [unit.seed for unit in chosen] for name, chosen in chosen_units.items()},
         "units": {"done": len(done), "of": len(units)},
+        "complete": sorted(tasks.keys() - {unit.task.name for unit in units if unit not in done}),
         "grid": grid,
         "failed": [
-            {"task": unit.task.name, "seed": unit.seed, "error": error}
+            {"task": unit.task.name, "point": unit.point, "seed": unit.seed, "error": error}
             for unit in units
             if (error := unit.failure()) and unit not in done
         ],
@@ -106,30 +110,45 @@ def _describe_grid(task: Task, by_point: dict[str, list[Unit]], done: dict[Unit,
     return {"points": described, "chosen": points.index(best), "chosen_on": "dev"}
 
 
-def write_progress(folder: Path, results: Results, fingerprint: str) -> None:
-    """What is known while units are still to do; ``fingerprint`` is the stage's."""
-    write_json(folder / "results_so_far.json", results | {"fingerprint": fingerprint})
+def set_aside_others(folder: Path, fingerprint: str) -> None:
+    """Renames results of other inputs to ``*.before``: they would stand beside the units of these."""
+    if (read_results(folder / "results.json") or {}).get("fingerprint") == fingerprint:
+        return
+    for name in ("results.json", "results.md"):
+        path = folder / name
+        if path.exists():
+            os.replace(path, path.with_name(f"{path.stem}.before{path.suffix}"))
+
+
+def write_progress(folder: Path, results: Results) -> None:
+    """What is known while units are still to do."""
+    write_json(folder / "results_so_far.json", results)
 
 
 def write_results(folder: Path, results: Results, units: list[Unit]) -> None:
-    """What there is of one checkpoint: files to submit, tables, and its results.json."""
+    """What there is of one checkpoint, all of whose units are done: files to submit, tables, and its results.json."""
+    for unit in units:
+        clear(unit.folder)
     of_checkpoint = folder / units[0].pretrained.label
     write_submissions(of_checkpoint / "submission", results, units)
     publish_bytes(of_checkpoint / "results.md", markdown_table(results, results["size"]).encode())
     write_json(of_checkpoint / "results.json", results)
 
 
-def write_summary(folder: Path, results: Results, fingerprint: str) -> None:
+def write_summary(folder: Path, results: Results) -> None:
     """The configured checkpoint's results, last results.json, and the plot of all checkpoints evaluated so far."""
     publish_bytes(folder / "results.md", markdown_table(results, results["size"]).encode())
-    write_progress(folder, results, fingerprint)
-    plot_run(sorted(folder.glob("*/results.json")), folder)
+    write_progress(folder, results)
+    found = map(read_results, sorted(folder.glob("*/results.json")))
+    plot_run([results for results in found if results], folder)
     write_json(folder / "results.json", results)
 
 
 def write_submissions(folder: Path, results: Results, units: list[Unit]) -> None:
     """Predictions on test files, of the seed that did best on dev; ``chosen.json`` says which."""
     chosen: dict[str, Any] = {}
+    for path in folder.glob("*"):  # of tasks that are no longer among these
+        path.unlink()
     for name in results["tasks"]:
         unit = _best_unit(name, results, units)
         for test in unit.task.tests():
@@ -146,6 +165,9 @@ def write_submissions(folder: Path, results: Results, units: list[Unit]) -> None
     if chosen:
         write_json(folder / "chosen.json", chosen)
         logger.info("predictions on test files: %s", folder)
+        missing = check_complete(folder)
+        if 0 < len(missing) < len(GLUE_FILES):
+            logger.info("GLUE's server wants eleven files; missing: %s", ", ".join(missing))
 
 
 def _best_unit(name: str, results: Results, units: list[Unit]) -> Unit:

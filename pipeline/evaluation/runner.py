@@ -6,17 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 from data_shards.store import write_json
-from data_shards.temporaries import publish, publish_bytes, temporary_path
+from data_shards.temporaries import publish_bytes
 from model.finetuning import FineTunedElectra
 from model.kernels.select import select_kernels
 from pipeline.config import Config
 from pipeline.evaluation.features import Feature
 from pipeline.evaluation.finetune import FineTuning, predict
-from pipeline.evaluation.partial import PartialState
+from pipeline.evaluation.partial import PartialState, write_tensors
+from pipeline.evaluation.pretrained import Pretrained
 from pipeline.evaluation.processors import Outcome, Processor
 from pipeline.evaluation.span import SpanProcessor
 from pipeline.evaluation.tagging import TaggingProcessor
@@ -33,7 +34,7 @@ class Prepared:
     """A task as features; made once for all seeds."""
 
     def __init__(self, key: Hashable, unit: Unit):
-        self.key = key
+        self.key, self.task = key, unit.task
         self.processor = _PROCESSORS[unit.task.kind](unit.task, unit.recipe, unit.pretrained.tokenizer)
         self._features: dict[str, Sequence[Feature]] = {}
 
@@ -51,6 +52,7 @@ class Runner:
         self._device = device
         self._kernels = select_kernels(config.kernels.backend)
         self._prepared: Prepared | None = None
+        self._pretrained: Pretrained | None = None
 
     def run(self, unit: Unit, should_stop: Callable[[], object]) -> dict[str, Any] | None:
         """Writes the unit's predictions and, last, its result, which it returns; None when told to stop before.
@@ -70,7 +72,8 @@ class Runner:
             return None
         metrics = self._predict(unit, model, prepared)
         if unit.keeps_weights:
-            _save_encoder(model, unit.weights_path)
+            encoder = {name: t for name, t in model.state_dict().items() if not name.startswith("head.")}
+            write_tensors(unit.weights_path, encoder, {"fingerprint": unit.fingerprint})
         result = {
             "fingerprint": unit.fingerprint,
             "checkpoint": str(unit.pretrained.folder),
@@ -88,10 +91,16 @@ class Runner:
     def _prepare(self, unit: Unit) -> Prepared:
         key = (unit.task.name, unit.recipe, unit.pretrained.tokenizer.digest)
         if self._prepared is None or self._prepared.key != key:
+            if self._prepared:
+                self._prepared.task.forget_examples()
             self._prepared = Prepared(key, unit)
         return self._prepared
 
     def _model(self, unit: Unit, processor: Processor) -> FineTunedElectra:
+        if self._pretrained is not unit.pretrained:
+            if self._pretrained:
+                self._pretrained.forget_weights()
+            self._pretrained = unit.pretrained
         dropout = {"dropout": unit.recipe.dropout, "attention_dropout": unit.recipe.dropout}
         config = unit.pretrained.model.model_copy(update=dropout)
         head = processor.head(config)
@@ -125,13 +134,3 @@ def _write_outcome(folder: Path, split: str, suffix: str, outcome: Outcome, is_t
 
 def _of_head(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in model.state_dict().items() if name.startswith("head.")}
-
-
-def _save_encoder(model: nn.Module, path: Path) -> None:
-    encoder = {k: v.contiguous().cpu() for k, v in model.state_dict().items() if not k.startswith("head.")}
-    temporary = temporary_path(path)
-    try:
-        save_file(encoder, temporary)
-        publish(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

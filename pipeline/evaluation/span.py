@@ -23,6 +23,8 @@ from pipeline.evaluation.squad import evaluate_squad1, evaluate_squad2
 from pipeline.evaluation.tasks import Answer, Question, Task
 from pipeline.log import logger
 
+_NULL_SCORE_WITHOUT_SPAN = 1e6
+
 SpanHead = JointSpanHead | SimpleSpanHead
 
 
@@ -189,7 +191,7 @@ class SpanProcessor:
                         best_score, best_text = float(score), text
                     break  # the rest of this window scores less
         if self._span.span_head == "simple":
-            null_score = null_score - best_score if best_text else np.finfo(np.float32).max.item()
+            null_score = null_score - best_score if best_text else _NULL_SCORE_WITHOUT_SPAN
         return best_text, float(null_score)
 
 

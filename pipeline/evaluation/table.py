@@ -123,7 +123,8 @@ def _notes(results: Mapping[str, Any]) -> Iterable[str]:
             yield _note_on_thresholds(task, metrics, results.get("recipes", {}).get(task, {}))
     yield from _notes_on_seeds(tasks)
     for failure in results.get("failed", []):
-        yield f"Failed: {failure['task']}, seed {failure['seed']}: {failure['error']}"
+        what = ", ".join(filter(None, [failure["task"], failure.get("point"), f"seed {failure['seed']}"]))
+        yield f"Failed: {what}: {failure['error']}"
 
 
 def _note_on_grid(task: str, grid: Mapping[str, Any]) -> str:

@@ -18,6 +18,7 @@ from pipeline.evaluation.recipes import Recipe
 from pipeline.evaluation.scores import score, to_bio, to_bioes
 from pipeline.evaluation.tasks import TaggedSentence, Task
 
+_ALL_SEGMENT_B = 0  # tokens of segment A: the released code has token type 1 throughout
 _NO_TARGET = -1  # of a tag that training does not have, and of test files
 
 
@@ -50,8 +51,8 @@ class TaggingProcessor:
         return to_bioes(list(tags)) if self._converts else tags
 
     def head(self, model: ModelConfig) -> LinearHead:
-        """Dropout and a linear layer."""
-        return LinearHead(model, len(self._tags))
+        """A linear layer."""
+        return LinearHead(model, len(self._tags), dropout=0.0)
 
     def features(self, split: str) -> list[TagFeature]:
         """One feature for each sentence; more for one that is longer than ``max_length``."""
@@ -72,8 +73,8 @@ class TaggingProcessor:
         for first, last in _windows([len(word) for word in words], room):
             chosen = words[first:last]
             starts = 1 + np.cumsum([0, *(len(word) for word in chosen[:-1])])
-            joined = join_segments(self._tokenizer, np.concatenate(chosen))
-            yield TagFeature(*joined, number, first, starts, targets[first:last])
+            token_ids, _ = join_segments(self._tokenizer, np.concatenate(chosen))
+            yield TagFeature(token_ids, _ALL_SEGMENT_B, number, first, starts, targets[first:last])
 
     def loss(self, head: LinearHead, hidden_TH: Tensor, examples: Examples, features: Sequence[TagFeature]) -> Tensor:
         """Cross-entropy summed over the words of all features, as released."""

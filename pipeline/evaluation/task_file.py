@@ -84,7 +84,9 @@ class TaskConfig(Section):
     columns: tuple[str, ...] = Field((), description="Columns of a text file whose first line does not name them.")
     labels: tuple[str, ...] = Field((), description="The classes in order; by default those of train, sorted.")
     positive: str | None = Field(None, description="Class that F1 counts; by default the last one.")
-    label_range: tuple[float, float] | None = Field(None, description="Lowest and highest score there can be.")
+    label_range: tuple[float, float] | None = Field(
+        None, description="Lowest and highest score, trained as 0 and 1; of train."
+    )
     metrics: tuple[Metric, ...] = Field(("accuracy",), min_length=1, description="The first one is the task's score.")
     symmetric: bool = Field(False, description="Whether the two texts can change places.")
     mnli_init: bool = Field(False, description="Whether evaluate.mnli_init is for this task.")

@@ -35,6 +35,7 @@ class Task:
         self.config = config
         self.files = files
         self._examples: dict[str, list[Any]] = {}
+        self._num_examples: dict[str, int] = {}
         self._classes: tuple[str, ...] | None = None
         self._digest: str | None = None
 
@@ -78,7 +79,16 @@ class Task:
             if split in self.parts():
                 self._compare_with_train(split, examples)
             self._examples[split] = examples
+            self._num_examples[split] = len(examples)
         return self._examples[split]
+
+    def num_examples(self, split: str) -> int:
+        """How many there are; raises as ``examples``."""
+        return self._num_examples.get(split) or len(self.examples(split))
+
+    def forget_examples(self) -> None:
+        """Frees their memory; they are read again when they are asked for."""
+        self._examples.clear()
 
     def classes(self) -> tuple[str, ...] | None:
         """The classes in order, of a tagging task the tags of train; None where there are none.

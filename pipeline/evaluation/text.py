@@ -32,11 +32,19 @@ class TextProcessor:
         self._task, self._recipe, self._tokenizer = task, recipe, tokenizer
         self._classes = task.classes()
         self._number = {name: number for number, name in enumerate(self._classes or ())}
-        self._lowest, self._highest = task.config.label_range or (0.0, 1.0)
+        self._lowest, self._highest = task.config.label_range or self._range_of_train()
+
+    def _range_of_train(self) -> tuple[float, float]:
+        """Adam moves the head by about its learning rate a step: labels of any size have to come near 0 to 1."""
+        if self._classes is not None:
+            return 0.0, 1.0
+        labels = [float(example.label) for example in self._task.examples("train")]
+        lowest, highest = min(labels), max(labels)
+        return lowest, highest if highest > lowest else lowest + 1.0
 
     def head(self, model: ModelConfig) -> LinearHead:
         """Dropout and a linear layer."""
-        return LinearHead(model, len(self._classes) if self._classes else 1)
+        return LinearHead(model, len(self._classes) if self._classes else 1, model.dropout)
 
     def features(self, split: str) -> list[TextFeature]:
         """One feature for each example; two in training for a pair whose order means nothing."""

@@ -9,6 +9,7 @@
 """
 
 import json
+import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,8 +20,9 @@ from data_shards.keys import content_key
 from data_shards.store import write_json
 from data_shards.temporaries import Watch
 from pipeline.config import Config
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, ElectraError
 from pipeline.evaluation.claims import Claim, is_beating, take
+from pipeline.evaluation.partial import fingerprint_of
 from pipeline.evaluation.pretrained import Pretrained
 from pipeline.evaluation.recipes import Recipe, recipes_for
 from pipeline.evaluation.tasks import Task
@@ -61,21 +63,42 @@ class Unit:
         return self.folder / "weights.safetensors"
 
     def finished(self) -> dict[str, Any] | None:
-        """The unit's result, if one with this fingerprint is there, and what others need of it."""
-        if self.keeps_weights and not self.weights_path.exists():
+        """The unit's result, if one with this fingerprint is there, and all that others need of it."""
+        result = self._own("result.json")
+        if result is None or not isinstance(result.get("metrics"), dict):
             return None
-        return self._own("result.json")
+        if self.keeps_weights and fingerprint_of(self.weights_path) != self.fingerprint:
+            return None
+        tests = (self.folder / f"test_{name}.json" for name in self.task.tests())
+        return result if all(path.exists() for path in tests) else None
 
     def failure(self) -> str | None:
         """Why it failed when it was last tried."""
         about = self._own("failure.json")
         return str(about.get("error")) if about else None
 
-    def write_failure(self, error: BaseException) -> None:
+    def is_lost(self, process: str) -> bool:
+        """Whether it failed and this process should not try it again.
+
+        What the program foresees, such as a loss that diverges, is the unit's own fault. Other failures may be a sick
+        machine's: one other process tries again.
+        """
+        about = self._own("failure.json")
+        tried_by = about.get("tried_by", []) if about else []
+        return bool(about) and (bool(about.get("foreseen")) or process in tried_by or len(tried_by) > 1)
+
+    def write_failure(self, error: Exception, process: str) -> None:
         """Notes why it failed."""
-        about = f"{type(error).__name__}: {error}" if not getattr(error, "exit_code", None) else str(error)
+        foreseen = isinstance(error, ElectraError)
+        about = self._own("failure.json")
+        content = {
+            "fingerprint": self.fingerprint,
+            "error": (str(error) if foreseen else f"{type(error).__name__}: {error}")[:2000],
+            "foreseen": foreseen,
+            "tried_by": [*(about or {}).get("tried_by", []), process],
+        }
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_json(self.folder / "failure.json", {"fingerprint": self.fingerprint, "error": about[:2000]})
+        write_json(self.folder / "failure.json", content)
 
     def forget_failure(self) -> None:
         """Removes the note, so that the unit is tried again."""
@@ -139,7 +162,7 @@ def _fingerprint(pretrained: Pretrained, task: Task, recipe: Recipe, seed: int, 
 
 def _cost(unit: Unit) -> int:
     """Proportional to the tokens of training, roughly."""
-    return len(unit.task.examples("train")) * unit.recipe.epochs * unit.recipe.max_length
+    return unit.task.num_examples("train") * unit.recipe.epochs * unit.recipe.max_length
 
 
 class Shift:
@@ -149,7 +172,7 @@ class Shift:
     what the others have not begun.
     """
 
-    def __init__(self, units: list[Unit], share: int, shares: int, may_leave: bool):
+    def __init__(self, units: list[Unit], share: int, shares: int, may_leave: bool = False):
         """Units that failed before are tried again, once by each process that starts.
 
         Args:
@@ -161,6 +184,7 @@ class Shift:
         own = [unit for number, unit in enumerate(units) if number % shares == share]
         self._units = own + [unit for number, unit in enumerate(units) if number % shares != share]
         self._may_leave, self._watch = may_leave, Watch()
+        self.process = f"{os.uname().nodename}~{os.getpid()}"
         for unit in own:
             unit.forget_failure()
 
@@ -169,7 +193,7 @@ class Shift:
         return [
             unit
             for unit in self._units
-            if not unit.finished() and not unit.failure() and not (unit.needs and unit.needs.failure())
+            if not unit.finished() and not any(u.is_lost(self.process) for u in (unit, unit.needs) if u)
         ]
 
     def claims(self, should_stop: Callable[[], object]) -> Iterator[tuple[Unit, Claim]]:
@@ -187,7 +211,7 @@ class Shift:
         if unit.needs and not unit.needs.finished():
             return None
         claim = take(unit.folder, self._watch)
-        if claim and (unit.finished() or unit.failure()):  # since `pending` looked
+        if claim and (unit.finished() or unit.is_lost(self.process)):  # since `pending` looked
             claim.__exit__(None, None, None)
             return None
         return (unit, claim) if claim else None

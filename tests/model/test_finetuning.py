@@ -74,11 +74,11 @@ def test_dropout_acts_by_piece() -> None:
 
 
 def test_an_example_does_not_see_its_neighbours() -> None:
-    model, examples = make_model(LinearHead(CONFIG, 3)), make_examples()
+    model, examples = make_model(LinearHead(CONFIG, 3, 0.1)), make_examples()
     together_TH = model.encode(examples)
     alone_TH = torch.cat([model.encode(example) for example in each(examples)])
     torch.testing.assert_close(together_TH, alone_TH)
-    reference = make_model(LinearHead(CONFIG, 3), "reference")
+    reference = make_model(LinearHead(CONFIG, 3, 0.1), "reference")
     torch.testing.assert_close(reference.encode(examples), together_TH)
     logits_PC = model.head(together_TH, examples.first_P)
     first = torch.stack([model.head.output(model.encode(example)[0]) for example in each(examples)])

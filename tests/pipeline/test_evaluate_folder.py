@@ -66,7 +66,7 @@ def test_the_folders_weights_tokenizer_and_shape_are_used(config_path: Path, pub
     theirs = AutoTokenizer.from_pretrained(published)
     for text in ("Bada zozo.", "fi ku, mere: LALA", "xyz"):
         assert theirs(text, add_special_tokens=False)["input_ids"] == found.tokenizer.encode(text)
-    model = FineTunedElectra(found.model, found.vocab_size, select_kernels("torch"), LinearHead(found.model, 2))
+    model = FineTunedElectra(found.model, found.vocab_size, select_kernels("torch"), LinearHead(found.model, 2, 0.1))
     found.load_into(model)
     weights = read_folder(published).weights
     copied = {name.replace("discriminator.", "encoder."): p for name, p in model.named_parameters()}

@@ -92,7 +92,7 @@ def test_a_unit_that_fails_does_not_stop_the_rest(trained: list[str], electra: E
     arguments = [*trained, "run.name=options", f'evaluate.tasks=["{wild}", "{fine}"]', "evaluate.epochs=2"]
     failed = electra("run", *arguments, *AFRESH, code=1).stderr
     assert "2 of 4 units done, the others failed:" in failed
-    assert "wild, seed 1: gradients are not finite after" in failed
+    assert "wild, seed 1 and 1 more: gradients are not finite after" in failed
     folder = Path(trained[0]).parent / "out/runs/options/evaluate"
     so_far = json.loads((folder / "results_so_far.json").read_text())
     assert list(so_far["tasks"]) == ["fine"]

@@ -69,7 +69,7 @@ def make_task(folder: Path, rows: list[dict], kind: str, dev: list[dict] | None 
 
 
 def test_learning_rates_fall_as_released() -> None:
-    model = FineTunedElectra(CONFIG, 100, select_kernels("reference"), LinearHead(CONFIG, 2))
+    model = FineTunedElectra(CONFIG, 100, select_kernels("reference"), LinearHead(CONFIG, 2, 0.1))
     groups = layer_learning_rates(model, recipe(lr=1.0, layer_decay=0.8, weight_decay=0.1))
     rates = {id(p): group["peak_lr"] for group in groups for p in group["params"]}
     assert len(rates) == len(list(model.parameters()))
@@ -143,7 +143,7 @@ def test_scores_are_trained_between_0_and_1_and_predicted_as_they_are(tmp_path: 
     processor = TextProcessor(task, recipe("regression"), Letters())  # type: ignore[arg-type]
     features = processor.features("train")
     assert [feature.target for feature in features] == [0.0, 0.3, 1.0]
-    head = LinearHead(CONFIG, 1).eval()
+    head = LinearHead(CONFIG, 1, 0.1).eval()
     torch.nn.init.zeros_(head.output.weight)
     torch.nn.init.constant_(head.output.bias, 0.5)
     examples = collate(features, "cpu")

@@ -130,9 +130,9 @@ def test_the_same_scores_give_the_same_picture(tmp_path):
 def test_a_run_has_a_panel_for_each_task_with_a_point(tmp_path, drawn):
     scores = {task: {"accuracy": summarize([0.5, 0.6])} for task in ("rte", "own")}
     files = [write_results(tmp_path, step, 1e15 * step, **scores) for step in (10, 20)]
-    assert plot_run(files, tmp_path) == tmp_path / "scores_and_flops.png"
+    assert plot_run([json.loads(path.read_text()) for path in files], tmp_path) == tmp_path / "scores_and_flops.png"
     titles = [axes.get_title() for axes in drawn[0].axes if axes.get_visible()]
     assert titles == ["GLUE average", "RTE", "own"]
-    assert plot_run([write_results(tmp_path, 1, None, run="hub", **scores)], tmp_path) is None
+    assert plot_run([json.loads(write_results(tmp_path, 1, None, run="hub", **scores).read_text())], tmp_path) is None
     assert plot_run([], tmp_path) is None
     assert len(drawn) == 1

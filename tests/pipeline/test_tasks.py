@@ -311,10 +311,13 @@ def test_bad_rows_are_skipped_and_counted_but_not_in_a_test_file(
     with pytest.raises(DamagedError, match=r"train\.tsv:3: 2 cells, but there are 3 columns; correct the file"):
         load(small)[0].check()
     small.write_text(HEAD + "bad_rows: skip\ntest: {T: test.tsv}\n")
-    write("test.tsv", tsv("id|text", "1|one", "2|"))
+    write("test.tsv", tsv("id|text", "1|one", "2|", "3"))
     (task,) = load(small)
     assert [example.id for example in task.examples("train")] == ["1", "4"]
     assert "4 rows of train are left out (bad_rows: skip), the first is" in said.text
     assert "train.tsv:3: 2 cells" in said.text
-    with pytest.raises(DamagedError, match=r"test\.tsv:3: text is empty"):
+    with pytest.raises(DamagedError, match=r"test\.tsv:4: 1 cell, but there are 2 columns|test\.tsv:4: "):
         task.examples("T")
+    write("test.tsv", tsv("id|text", "1|one", "2|"))
+    (task,) = load(small)
+    assert [example.texts for example in task.examples("T")] == [("one",), ("",)]  # each row has to be predicted
