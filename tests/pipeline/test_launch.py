@@ -98,3 +98,11 @@ def test_one_process_needs_no_port() -> None:
     environment |= {"MASTER_PORT": "1"}  # which nobody may listen at
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["1.0", "[3]"]
+
+
+def test_the_death_of_any_process_is_seen(pretend: Callable[[str], None]) -> None:
+    """Also of one after the first, while the first one waits for it."""
+    pretend(f"if os.environ['RANK'] == '1': sys.exit(78)\n{READY}")
+    started = time.monotonic()
+    assert launch.launch([], 2, 1) == 78
+    assert time.monotonic() - started < 30
