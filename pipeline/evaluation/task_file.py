@@ -148,6 +148,8 @@ class TaskConfig(Section):
             raise ValueError(f"two parts are called {twice[0]}; train, dev, also and test need different names")
         if any(not name or "/" in name or name.startswith(".") for name in names):
             raise ValueError("the names in also and test become file names: no slash, and no dot at the begin")
+        if self.kind == "question_answering" and "answered" in names:
+            raise ValueError("no part can be called answered: predictions_answered.json is a file of dev")
         absent = [name for name in (*self.text, self.label) if self.columns and name not in self.columns]
         if absent:
             raise ValueError(f"columns has no {absent[0]}, which text or label names")

@@ -138,6 +138,7 @@ def test_an_own_file_that_is_missing_is_not_taken_from_the_hub(write: Write, tmp
         (HEAD + "columns: [a, label]\n", "columns has no text"),
         (HEAD + "also: {dev: x.tsv}\n", "two parts are called dev"),
         (HEAD + "test: {a/b: x.tsv}\n", "no slash"),
+        ("like: squad2\ntest: {answered: x.json}\n", "no part can be called answered"),
         (HEAD + "hub: {path: p, splits: {tset: test}}\n", "hub.splits: there is no tset"),
         ("like: nonsense\n", r"t\.yaml: like: no task 'nonsense'"),
         ("like: t.yaml\n", "leads back to this file"),
