@@ -47,8 +47,11 @@ class Layer(nn.Module):
 
     def forward(self, hidden_BTH: Tensor, packing: Packing) -> Tensor:
         """Returns ``(B, T, H)``."""
-        attended_BTH = self.dropout(self.attention(hidden_BTH, packing))
-        hidden_BTH = self.attention_layer_norm(hidden_BTH + attended_BTH)
+        return self.after_attention(hidden_BTH, self.attention(hidden_BTH, packing))
+
+    def after_attention(self, hidden_BTH: Tensor, attended_BTH: Tensor) -> Tensor:
+        """The layer's output from its input and what attention made of it, ``(…, H)``."""
+        hidden_BTH = self.attention_layer_norm(hidden_BTH + self.dropout(attended_BTH))
         inner_BTF = gelu(self.feed_forward_in(hidden_BTH), self.activation)
         fed_BTH = self.dropout(self.feed_forward_out(inner_BTF))
         return self.feed_forward_layer_norm(hidden_BTH + fed_BTH)
@@ -65,11 +68,11 @@ class Encoder(nn.Module):
         self.embeddings_project = None if same_size else nn.Linear(embedding_size, shape.hidden_size)
         self.layers = nn.ModuleList(Layer(config, shape, kernels) for _ in range(shape.layers))
 
-    def forward(self, embedded_BTE: Tensor, packing: Packing) -> Tensor:
-        """Returns ``(B, T, H)``."""
+    def forward(self, embedded_BTE: Tensor, packing: Packing, leaves_out: int = 0) -> Tensor:
+        """Returns ``(B, T, H)``; of the layers before the last ``leaves_out``."""
         embedded_BTE = self.dropout(embedded_BTE)
         hidden_BTH = embedded_BTE if self.embeddings_project is None else self.embeddings_project(embedded_BTE)
-        for layer in self.layers:
+        for layer in self.layers[: len(self.layers) - leaves_out]:
             hidden_BTH = layer(hidden_BTH, packing)
         return hidden_BTH
 

@@ -3,7 +3,7 @@
 Examples stand one after the other in a single row, without padding.
 
 Shapes: P examples, T tokens of all of them together, L tokens of the longest, N positions that a head reads,
-E embedding size, H hidden size, C classes, K beam size, F inner width of a span head's layers.
+E embedding size, H hidden size, A heads, C classes, K beam size, F inner width of a span head's layers.
 
 Heads as in google-research/electra, ``finetune/``; their matrices start as TensorFlow's do, glorot uniform.
 """
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from model.config import ModelConfig
 from model.embeddings import Embeddings
-from model.encoder import Encoder, gelu
+from model.encoder import Encoder, Layer, SelfAttention, gelu
 from model.kernels.attention import Packing
 from model.kernels.select import Kernels
 
@@ -85,6 +85,17 @@ class FineTunedElectra(nn.Module):
         )
         return self.discriminator(embedded_1TE, examples.packing)[0]
 
+    def encode_first(self, examples: Examples) -> Tensor:
+        """The last layer's vectors of each [CLS] alone, ``(P, H)``: equal to ``encode``'s, and a layer cheaper."""
+        embedded_1TE = self.embeddings(
+            examples.token_ids_T[None], examples.positions_T[None], examples.token_types_T[None]
+        )
+        hidden_TH = self.discriminator(embedded_1TE, examples.packing, leaves_out=1)[0]
+        layer = self.discriminator.layers[-1]
+        assert isinstance(layer, Layer)
+        first_PH = hidden_TH.index_select(0, examples.first_P)
+        return layer.after_attention(first_PH, _attend_from_first(layer.attention, first_PH, hidden_TH, examples))
+
 
 class LinearHead(nn.Module):
     """One linear layer, on [CLS] (with dropout before it) or on the first token of each word (without, as released)."""
@@ -94,9 +105,9 @@ class LinearHead(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.output = _glorot_linear(config.hidden_size, num_outputs)
 
-    def forward(self, hidden_TH: Tensor, places_N: Tensor) -> Tensor:
-        """Returns logits or scores ``(N, C)`` in fp32."""
-        return self.output(self.dropout(hidden_TH.index_select(0, places_N))).float()
+    def forward(self, hidden_NH: Tensor) -> Tensor:
+        """Returns logits or scores ``(N, C)`` in fp32, of the vectors of the positions that it reads."""
+        return self.output(self.dropout(hidden_NH)).float()
 
 
 @dataclass(frozen=True)
@@ -225,6 +236,21 @@ class JointSpanHead(nn.Module):
         mixed_PH = mixed_PH.index_add(0, pieces_T, probability_T[:, None] * hidden_TH)
         both_P2H = torch.cat([hidden_TH.index_select(0, examples.first_P), mixed_PH], dim=1)
         return self.answerable(gelu(self.answerable_inner(both_P2H), self.activation)).squeeze(-1).float()
+
+
+def _attend_from_first(attention: SelfAttention, first_PH: Tensor, hidden_TH: Tensor, examples: Examples) -> Tensor:
+    """What ``attention`` gives at each [CLS], ``(P, H)``; keys and values are needed of every token. D: head size."""
+    width = hidden_TH.shape[1]
+    weights, biases = (p.split([width, 2 * width]) for p in attention.query_key_value.parameters())
+    query_PH, both_T2H = F.linear(first_PH, weights[0], biases[0]), F.linear(hidden_TH, weights[1], biases[1])
+    heads = (attention.heads, width // attention.heads)
+    key_PALD, value_PALD = examples.by_example(both_T2H, 0.0).unflatten(-1, (2, *heads)).permute(2, 0, 3, 1, 4)
+    real_PL = examples.by_example(torch.ones_like(examples.token_ids_T, dtype=torch.bool), False)
+    context_PA1D = F.scaled_dot_product_attention(
+        query_PH.unflatten(-1, heads)[:, :, None], key_PALD, value_PALD, attn_mask=real_PL[:, None, None],
+        dropout_p=attention.attention_dropout if attention.training else 0.0,
+    )  # fmt: skip
+    return attention.output(context_PA1D.flatten(1))
 
 
 def may_answer(examples: Examples) -> Tensor:

@@ -54,7 +54,7 @@ class Buckets:
     Attributes:
         slots: For each bucket ``(P, L)``: P pieces, L tokens of the longest; each slot's token in the row.
         is_real: For each bucket ``(P, L)``: False where a slot is padding; None where none is.
-        place_T: Where a token of the row is among the real slots of all buckets.
+        place_T: Where a token of the row is among the slots of all buckets, one bucket after the other.
     """
 
     slots: tuple[Tensor, ...]
@@ -70,17 +70,18 @@ class Buckets:
             if not groups or lengths[number] < _SHORTEST_IN_BUCKET * lengths[groups[-1][0]]:
                 groups.append([])
             groups[-1].append(number)
-        slots, is_real, order = [], [], []
+        slots, is_real, place_T, num_slots = [], [], torch.empty(first_token[-1], dtype=torch.long), 0
         for group in groups:
             longest = lengths[group[0]]
             offsets_L = torch.arange(longest)
             lengths_P1 = torch.tensor([[lengths[number]] for number in group])
             real_PL = offsets_L < lengths_P1
             slots_PL = torch.tensor([[first_token[number]] for number in group]) + offsets_L.minimum(lengths_P1 - 1)
-            order.append(slots_PL[real_PL])
+            place_T[slots_PL[real_PL]] = num_slots + real_PL.flatten().nonzero().squeeze(1)
+            num_slots += slots_PL.numel()
             slots.append(slots_PL.to(device))
             is_real.append(None if real_PL.all() else real_PL.to(device))
-        return cls(tuple(slots), tuple(is_real), torch.cat(order).argsort().to(device))
+        return cls(tuple(slots), tuple(is_real), place_T.to(device))
 
 
 Attention = Callable[[Tensor, Tensor, Tensor, Packing, float], Tensor]
@@ -132,8 +133,7 @@ def _attend_by_piece(
         context_PHLD = F.scaled_dot_product_attention(
             query_PHLD, key_PHLD, value_PHLD, attn_mask=mask_P11L, dropout_p=dropout
         )
-        context_PLHD = context_PHLD.transpose(1, 2)
-        contexts.append(context_PLHD.flatten(0, 1) if real_PL is None else context_PLHD[real_PL])
+        contexts.append(context_PHLD.transpose(1, 2).flatten(0, 1))
     return torch.cat(contexts).index_select(0, buckets.place_T).transpose(0, 1)[None]
 
 

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from model.finetuning import FineTunedElectra
+from model.finetuning import Examples, FineTunedElectra
+from model.keyed import seed_for
 from pipeline.errors import ElectraError
 from pipeline.evaluation.features import Feature, collate, split_by_tokens
 from pipeline.evaluation.partial import PartialState
@@ -30,7 +31,7 @@ _TRAIN_TOKENS = 16_384  # most of one forward and backward pass; a batch that is
 _PREDICT_TOKENS = 8_192
 _STEPS_BETWEEN_CHECKS = 50
 _SAVE_EVERY_S = 600.0
-_DRAWS_PER_SEED = 1 << 32
+_DROPOUT = 101  # the stream of these draws; pretraining's have other numbers
 
 
 class DivergedError(ElectraError):
@@ -116,7 +117,7 @@ class FineTuning:
 
     def _train_step(self) -> Tensor:
         """One update; returns the gradient's norm before it was clipped."""
-        torch.manual_seed(self._seed * _DRAWS_PER_SEED + self.step)
+        torch.manual_seed(seed_for(self._seed, self.step, 0, _DROPOUT))
         for group in self._optimizer.param_groups:
             group["lr"] = linear_times_warmup(group["peak_lr"], self.step, self.plan.warmup_steps, self.plan.steps)
         batch = self._batch()
@@ -170,8 +171,7 @@ def predict(
     for batch in split_by_tokens([features[i] for i in by_length], _PREDICT_TOKENS):
         examples = collate(batch, device)
         with autocast(device, recipe):
-            hidden_TH = model.encode(examples)
-            batch_outputs = processor.outputs(model.head, hidden_TH, examples, batch)
+            batch_outputs = processor.outputs(model.head, _encode(model, processor, examples), examples, batch)
         for output in batch_outputs:
             outputs[by_length[done]] = output
             done += 1
@@ -185,4 +185,8 @@ def autocast(device: str, recipe: Recipe) -> AbstractContextManager[Any]:
 
 def _loss(model: FineTunedElectra, processor: Processor, features: Any, device: str) -> Tensor:
     examples = collate(features, device)
-    return processor.loss(model.head, model.encode(examples), examples, features)
+    return processor.loss(model.head, _encode(model, processor, examples), examples, features)
+
+
+def _encode(model: FineTunedElectra, processor: Processor, examples: Examples) -> Tensor:
+    return model.encode_first(examples) if processor.reads_first else model.encode(examples)

@@ -28,7 +28,13 @@ class Outcome:
 
 
 class Processor(Protocol):
-    """Turns a task's examples into features, and what the network says of them into predictions."""
+    """Turns a task's examples into features, and what the network says of them into predictions.
+
+    Attributes:
+        reads_first: Whether the head reads [CLS] alone, so that it gets ``(P, H)`` in place of ``(T, H)``.
+    """
+
+    reads_first: bool
 
     def head(self, model: ModelConfig) -> nn.Module:
         """A new head, from torch's generator."""
@@ -38,11 +44,11 @@ class Processor(Protocol):
         """Features of ``train``, of a labelled part, or of a test file, in its order."""
         ...
 
-    def loss(self, head: Any, hidden_TH: Tensor, examples: Examples, features: Any) -> Tensor:
+    def loss(self, head: Any, hidden: Tensor, examples: Examples, features: Any, /) -> Tensor:
         """The loss of some features, summed, a scalar."""
         ...
 
-    def outputs(self, head: Any, hidden_TH: Tensor, examples: Examples, features: Any) -> list[Any]:
+    def outputs(self, head: Any, hidden: Tensor, examples: Examples, features: Any, /) -> list[Any]:
         """What ``outcome`` needs of each feature."""
         ...
 

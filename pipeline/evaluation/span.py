@@ -58,6 +58,8 @@ class Candidates:
 class SpanProcessor:
     """See ``pipeline.evaluation.processors.Processor``."""
 
+    reads_first = False
+
     def __init__(self, task: Task, recipe: Recipe, tokenizer: Tokenizer):
         assert recipe.span
         self._task, self._tokenizer = task, tokenizer

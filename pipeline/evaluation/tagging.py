@@ -40,6 +40,8 @@ class TagFeature(Feature):
 class TaggingProcessor:
     """See ``pipeline.evaluation.processors.Processor``."""
 
+    reads_first = False
+
     def __init__(self, task: Task, recipe: Recipe, tokenizer: Tokenizer):
         self._task, self._recipe, self._tokenizer = task, recipe, tokenizer
         self._converts = task.config.tag_scheme == "bioes"
@@ -79,14 +81,14 @@ class TaggingProcessor:
     def loss(self, head: LinearHead, hidden_TH: Tensor, examples: Examples, features: Sequence[TagFeature]) -> Tensor:
         """Cross-entropy summed over the words of all features, as released."""
         targets_N = torch.from_numpy(np.concatenate([feature.targets for feature in features])).to(hidden_TH.device)
-        logits_NC = head(hidden_TH, _places(examples, features))
+        logits_NC = head(hidden_TH.index_select(0, _places(examples, features)))
         return F.cross_entropy(logits_NC, targets_N, reduction="sum", ignore_index=_NO_TARGET)
 
     def outputs(
         self, head: LinearHead, hidden_TH: Tensor, examples: Examples, features: Sequence[TagFeature]
     ) -> list[list[str]]:
         """The words' tags, for each feature."""
-        numbers = iter(head(hidden_TH, _places(examples, features)).argmax(1).tolist())
+        numbers = iter(head(hidden_TH.index_select(0, _places(examples, features))).argmax(1).tolist())
         return [[self._tags[next(numbers)] for _ in feature.targets] for feature in features]
 
     def outcome(self, split: str, features: Sequence[TagFeature], outputs: list[Any]) -> Outcome:

@@ -28,6 +28,8 @@ class TextFeature(Feature):
 class TextProcessor:
     """See ``pipeline.evaluation.processors.Processor``."""
 
+    reads_first = True
+
     def __init__(self, task: Task, recipe: Recipe, tokenizer: Tokenizer):
         self._task, self._recipe, self._tokenizer = task, recipe, tokenizer
         self._classes = task.classes()
@@ -74,19 +76,21 @@ class TextProcessor:
             return float(self._number[str(label)])
         return (float(label) - self._lowest) / (self._highest - self._lowest)
 
-    def loss(self, head: LinearHead, hidden_TH: Tensor, examples: Examples, features: Sequence[TextFeature]) -> Tensor:
+    def loss(self, head: LinearHead, hidden_PH: Tensor, examples: Examples, features: Sequence[TextFeature]) -> Tensor:
         """Cross-entropy, or squared error of the scaled score; summed over features."""
-        outputs_PC = head(hidden_TH, examples.first_P)
-        targets_P = torch.tensor([feature.target for feature in features], device=hidden_TH.device)
+        del examples
+        outputs_PC = head(hidden_PH)
+        targets_P = torch.tensor([feature.target for feature in features], device=hidden_PH.device)
         if self._classes is None:
             return F.mse_loss(outputs_PC.squeeze(1), targets_P, reduction="sum")
         return F.cross_entropy(outputs_PC, targets_P.long(), reduction="sum")
 
     def outputs(
-        self, head: LinearHead, hidden_TH: Tensor, examples: Examples, features: Sequence[TextFeature]
+        self, head: LinearHead, hidden_PH: Tensor, examples: Examples, features: Sequence[TextFeature]
     ) -> list[str | float]:
         """A class or a score for each feature."""
-        outputs_PC = head(hidden_TH, examples.first_P)
+        del examples
+        outputs_PC = head(hidden_PH)
         if self._classes is None:
             scale = self._highest - self._lowest
             return [self._lowest + scale * value for value in outputs_PC.squeeze(1).tolist()]

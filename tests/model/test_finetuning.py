@@ -56,11 +56,14 @@ def test_attention_by_piece_is_attention_within_pieces(lengths: tuple[int, ...])
 def test_buckets_hold_every_token_once_and_little_padding() -> None:
     lengths = [(7 * number) % 100 + 1 for number in range(64)]
     buckets = Buckets.of_lengths(lengths, "cpu")
-    real = [
-        slots_PL[real_PL] if real_PL is not None else slots_PL.flatten()
+    slots = torch.cat([slots_PL.flatten() for slots_PL in buckets.slots])
+    assert torch.equal(slots[buckets.place_T], torch.arange(sum(lengths)))
+    real = torch.cat([
+        torch.ones(slots_PL.numel(), dtype=torch.bool) if real_PL is None else real_PL.flatten()
         for slots_PL, real_PL in zip(buckets.slots, buckets.is_real, strict=True)
-    ]
-    assert torch.equal(torch.cat(real)[buckets.place_T], torch.arange(sum(lengths)))
+    ])  # fmt: skip
+    assert real[buckets.place_T].all()
+    assert real.sum() == sum(lengths)
     assert sum(slots_PL.numel() for slots_PL in buckets.slots) < 1.34 * sum(lengths)
 
 
@@ -80,9 +83,20 @@ def test_an_example_does_not_see_its_neighbours() -> None:
     torch.testing.assert_close(together_TH, alone_TH)
     reference = make_model(LinearHead(CONFIG, 3, 0.1), "reference")
     torch.testing.assert_close(reference.encode(examples), together_TH)
-    logits_PC = model.head(together_TH, examples.first_P)
+    logits_PC = model.head(together_TH[examples.first_P])
     first = torch.stack([model.head.output(model.encode(example)[0]) for example in each(examples)])
     torch.testing.assert_close(logits_PC, first)
+
+
+def test_the_first_tokens_alone_are_those_of_all() -> None:
+    model, examples = make_model(LinearHead(CONFIG, 3, 0.1)), make_examples()
+    both = [model.encode_first(examples), model.encode(examples)[examples.first_P]]
+    torch.testing.assert_close(*both)
+    weights_PH = torch.randn(both[0].shape, generator=torch.Generator().manual_seed(5))
+    parameters = [p for name, p in model.named_parameters() if not name.startswith("head.")]
+    gradients = [torch.autograd.grad((hidden_PH * weights_PH).sum(), parameters) for hidden_PH in both]
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
 def test_positions_count_within_an_example() -> None:

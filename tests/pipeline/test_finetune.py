@@ -147,9 +147,9 @@ def test_scores_are_trained_between_0_and_1_and_predicted_as_they_are(tmp_path: 
     torch.nn.init.zeros_(head.output.weight)
     torch.nn.init.constant_(head.output.bias, 0.5)
     examples = collate(features, "cpu")
-    hidden_TH = torch.zeros(len(examples.token_ids_T), CONFIG.hidden_size)
-    assert processor.outputs(head, hidden_TH, examples, features) == [2.5] * 3
-    assert float(processor.loss(head, hidden_TH, examples, features)) == pytest.approx(0.25 + 0.04 + 0.25)
+    hidden_PH = torch.zeros(len(features), CONFIG.hidden_size)
+    assert processor.outputs(head, hidden_PH, examples, features) == [2.5] * 3
+    assert float(processor.loss(head, hidden_PH, examples, features)) == pytest.approx(0.25 + 0.04 + 0.25)
 
 
 def test_words_are_tagged_at_their_first_token_and_long_sentences_in_parts(tmp_path: Path) -> None:
@@ -309,8 +309,8 @@ def test_predictions_do_not_depend_on_the_batch(tmp_path: Path, monkeypatch: pyt
     features = processor.features("dev")
 
     class Logits(TextProcessor):
-        def outputs(self, head, hidden_TH, examples, features) -> list:
-            return head(hidden_TH, examples.first_P).tolist()
+        def outputs(self, head, hidden_PH, examples, features) -> list:
+            return head(hidden_PH).tolist()
 
     processor.__class__ = Logits
     together = torch.tensor(predict(model, processor, features, recipe(), "cpu"))

@@ -159,8 +159,8 @@ def test_f1_is_that_of_the_positive_class(tmp_path: Path) -> None:
         torch.nn.init.zeros_(head.output.weight)
         head.output.bias.data.copy_(torch.tensor([1.0, 0.0]))
         examples = collate(features, "cpu")
-        hidden_TH = torch.zeros(len(examples.token_ids_T), CONFIG.hidden_size)
-        assert processor.outputs(head, hidden_TH, examples, features) == ["y"] * 4
+        hidden_PH = torch.zeros(len(features), CONFIG.hidden_size)
+        assert processor.outputs(head, hidden_PH, examples, features) == ["y"] * 4
 
 
 @pytest.mark.parametrize(
@@ -185,9 +185,9 @@ def test_scores_are_scaled_by_the_range_of_the_task_or_of_train(
     torch.nn.init.zeros_(head.output.weight)
     head.output.weight.data[0, 0] = 1.0
     examples = collate(features, "cpu")
-    hidden_TH = torch.zeros(len(examples.token_ids_T), CONFIG.hidden_size)
-    hidden_TH[examples.first_P, 0] = torch.tensor([0.0, 0.25, 1.25])  # also beyond the range
-    assert processor.outputs(head, hidden_TH, examples, features) == pytest.approx(predicted)
+    hidden_PH = torch.zeros(len(features), CONFIG.hidden_size)
+    hidden_PH[:, 0] = torch.tensor([0.0, 0.25, 1.25])  # also beyond the range
+    assert processor.outputs(head, hidden_PH, examples, features) == pytest.approx(predicted)
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "null", '"tasks score checkpoint"', "{}", '{"tasks": {}}'])
