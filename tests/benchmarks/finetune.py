@@ -290,8 +290,7 @@ def _time_steps(bench: Bench, steps: int, is_all: bool) -> list[tuple[str, bool]
             taken[name] = time.process_time() - begin
         if number < WARM_UP:
             continue
-        lengths = [len(feature) for feature in batch]
-        tokens += sum(lengths)
+        tokens += sum(lengths := [len(feature) for feature in batch])
         for name, value in taken.items():
             seconds[name].append(value)
             longest = bench.recipe.max_length if name == PADDED else max(lengths)

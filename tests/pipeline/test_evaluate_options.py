@@ -26,7 +26,7 @@ def results_of(arguments: list[str], name: str = "options") -> dict:
 
 def test_the_best_of_a_grid_is_reported_as_such(trained: list[str], electra: Electra, write_task) -> None:
     task = f'evaluate.tasks=["{write_task("gridded")}"]'
-    electra("run", *trained, task, "evaluate.epochs=8", "evaluate.grid_lr=[1e-6,2e-3]", *AFRESH)
+    electra("run", *trained, task, "evaluate.epochs=16", "evaluate.grid_lr=[1e-6,2e-3]", *AFRESH)
     results = results_of(trained)
     points = results["grid"]["gridded"]["points"]
     assert [(point["lr"], point["seeds"]) for point in points] == [(1e-6, 2), (2e-3, 2)]

@@ -6,8 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.config import Config
+from model.config import ModelConfig
+from pipeline.config import Config, EvaluateConfig
 from pipeline.evaluation.finetune import layer_learning_rates
+from pipeline.evaluation.recipes import recipes_for
+from pipeline.evaluation.task_file import TaskConfig
 from pipeline.optimizer import ElectraAdamW, layer_exponents, parameter_groups, part_of
 
 NAMES = [
@@ -124,7 +127,9 @@ def test_a_frozen_group_keeps_weights_moments_and_step_count(corrected: bool) ->
 @pytest.mark.parametrize(("depth", "extra"), [("fixed", 0), ("released", 1)])
 def test_fine_tuning_counts_depth_in_the_same_way(depth: Any, extra: int) -> None:
     model = Named([name for name in NAMES if name.startswith(("embeddings", "discriminator."))] + ["head.weight"])
-    groups = layer_learning_rates(model, 3e-4, 0.8, 0.0, depth)
+    task = TaskConfig.model_validate({"name": "t", "kind": "pair", "train": "a", "dev": "b", "text": ["a", "b"]})
+    evaluate = EvaluateConfig(lr=3e-4, layer_decay=0.8, layer_decay_depth=depth)  # type: ignore[call-arg]
+    groups = layer_learning_rates(model, recipes_for(evaluate, task, ModelConfig(size="small"))[""])  # type: ignore
     rates = {name: group["peak_lr"] for group in groups for name in names_of(model, group)}
     assert rates["head.weight"] == 3e-4
     assert rates["discriminator.layers.2.query.weight"] == 3e-4 * 0.8 ** (1 + extra)
