@@ -80,21 +80,19 @@ class FineTunedElectra(nn.Module):
 
     def encode(self, examples: Examples) -> Tensor:
         """The last layer's vectors ``(T, H)``."""
-        embedded_1TE = self.embeddings(
-            examples.token_ids_T[None], examples.positions_T[None], examples.token_types_T[None]
-        )
-        return self.discriminator(embedded_1TE, examples.packing)[0]
+        return self.discriminator(self._embed(examples), examples.packing)[0]
 
     def encode_first(self, examples: Examples) -> Tensor:
         """The last layer's vectors of each [CLS] alone, ``(P, H)``: equal to ``encode``'s, and a layer cheaper."""
-        embedded_1TE = self.embeddings(
-            examples.token_ids_T[None], examples.positions_T[None], examples.token_types_T[None]
-        )
-        hidden_TH = self.discriminator(embedded_1TE, examples.packing, leaves_out=1)[0]
+        hidden_TH = self.discriminator(self._embed(examples), examples.packing, leaves_out=1)[0]
         layer = self.discriminator.layers[-1]
         assert isinstance(layer, Layer)
         first_PH = hidden_TH.index_select(0, examples.first_P)
         return layer.after_attention(first_PH, _attend_from_first(layer.attention, first_PH, hidden_TH, examples))
+
+    def _embed(self, examples: Examples) -> Tensor:
+        """The row of all examples, ``(1, T, E)``."""
+        return self.embeddings(examples.token_ids_T[None], examples.positions_T[None], examples.token_types_T[None])
 
 
 class LinearHead(nn.Module):

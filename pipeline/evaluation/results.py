@@ -9,6 +9,7 @@ evaluate/scores_and_flops.png              all of them, against what pretraining
 
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -147,8 +148,7 @@ def write_summary(folder: Path, results: Results) -> None:
 def write_submissions(folder: Path, results: Results, units: list[Unit]) -> None:
     """Predictions on test files, of the seed that did best on dev; ``chosen.json`` says which."""
     chosen: dict[str, Any] = {}
-    for path in folder.glob("*"):  # of tasks that are no longer among these
-        path.unlink()
+    _remove_written(folder)
     for name in results["tasks"]:
         unit = _best_unit(name, results, units)
         for test in unit.task.tests():
@@ -168,6 +168,14 @@ def write_submissions(folder: Path, results: Results, units: list[Unit]) -> None
         missing = check_complete(folder)
         if 0 < len(missing) < len(GLUE_FILES):
             logger.info("GLUE's server wants eleven files; missing: %s", ", ".join(missing))
+
+
+def _remove_written(folder: Path) -> None:
+    """Removes what was written here before, which may be of tasks that are no longer evaluated, and nothing else."""
+    with suppress(FileNotFoundError, ValueError):
+        for name in json.loads((folder / "chosen.json").read_text(encoding="utf-8")):
+            (folder / name).unlink(missing_ok=True)
+        (folder / "chosen.json").unlink()
 
 
 def _best_unit(name: str, results: Results, units: list[Unit]) -> Unit:

@@ -129,16 +129,18 @@ def test_of_equal_points_the_least_learning_rate_is_chosen(config: Config, units
 def test_the_best_seed_of_the_chosen_point_is_submitted(config: Config, units: list[Unit], tmp_path: Path) -> None:
     folder = tmp_path / "submission"
     folder.mkdir()
-    (folder / "gone.tsv").write_text("index\tprediction\n")
+    for name in ("gone.tsv", "my_own.zip"):
+        (folder / name).write_text("index\tprediction\n")
+    (folder / "chosen.json").write_text('{"gone.tsv": {}}')
     write_submissions(folder, gather(config, units, RECORD), units)
-    assert sorted(path.name for path in folder.iterdir()) == ["QNLI.tsv", "chosen.json"]
+    assert sorted(path.name for path in folder.iterdir()) == ["QNLI.tsv", "chosen.json", "my_own.zip"]
     assert (folder / "QNLI.tsv").read_text() == f"index\tprediction\n0\t{BY_MEDIAN}/2\n1\tx\n"
     assert json.loads((folder / "chosen.json").read_text()) == {
         "QNLI.tsv": {"task": "searched", "seed": 2, "point": BY_MEDIAN, "chosen_on": "dev"}
     }
     without = [unit for unit in units if not unit.point]
     write_submissions(folder, gather(config, without, RECORD), without)
-    assert not list(folder.iterdir())
+    assert [path.name for path in folder.iterdir()] == ["my_own.zip"]  # not written here
 
 
 def test_f1_is_that_of_the_positive_class(tmp_path: Path) -> None:
