@@ -1,11 +1,12 @@
 # make quickstart   set up, then tokenize, pretrain and evaluate on the bundled sample
 # make test         set up, then all tests: two files at a time, then those that need Slurm
+# make soak         set up, then the long forms of what must survive kills: hours
 # make check        format, lint, types, house rules
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: setup quickstart test check format clean
+.PHONY: setup quickstart test soak check format clean
 
 setup: $(VENV)/installed
 
@@ -24,8 +25,11 @@ quickstart: setup
 	echo "done in $$(( $$(date +%s) - begin )) s after installation"
 
 test: setup
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slurm"
-	$(BIN)/python -m pytest -m slurm
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slurm and not soak"
+	$(BIN)/python -m pytest -m "slurm and not soak"
+
+soak: setup
+	$(BIN)/python -m pytest -m soak
 
 check: setup
 	$(BIN)/ruff format --check .

@@ -43,14 +43,10 @@ def corpus_digest(corpus: Corpus, cache: Path | None, part: int = 0, num_parts: 
         DamagedDataError: All files are empty, or one changed while it was read.
         DataSettingError: No file there, or one in a form that is not read.
     """
-    if corpus.format == "hub":
-        files = corpus_files(corpus)
-        if not all(map(os.path.isfile, files)):
-            name = (corpus.path, corpus.hub_config, corpus.hub_split)
-            return _digest_of([*name, tables.hub_origins(*name, corpus.hub_revision)])
-        units = [Task(i, (Slice(path, 0, -1),), os.stat(path).st_size) for i, path in enumerate(files)]
-    else:
-        units = plan_tasks(corpus, DIGEST_BYTES)
+    units = _units_of(corpus)
+    if units is None:
+        name = (corpus.path, corpus.hub_config, corpus.hub_split)
+        return _digest_of([*name, tables.hub_origins(*name, corpus.hub_revision)])
     if cache:
         with contextlib.suppress(OSError):
             cache.mkdir(parents=True, exist_ok=True)
@@ -64,10 +60,30 @@ def corpus_digest(corpus: Corpus, cache: Path | None, part: int = 0, num_parts: 
     return _digest_of([_file_sizes(units), digests])
 
 
+def is_remembered(corpus: Corpus, cache: Path) -> bool:
+    """Whether ``corpus_digest`` needs to read no text, since another call has left all that it needs in ``cache``.
+
+    Raises:
+        DataSettingError: No file there, or one in a form that is not read.
+    """
+    units = _units_of(corpus)
+    return units is None or all((cache / _entry_name(unit)).exists() for unit in units)
+
+
 def digest_file(path: str | Path) -> str:
     """SHA-256 of a file, hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _units_of(corpus: Corpus) -> list[Task] | None:
+    """What is hashed one by one; None for a hub dataset whose files are not here: its origins stand for it."""
+    if corpus.format != "hub":
+        return plan_tasks(corpus, DIGEST_BYTES)
+    files = corpus_files(corpus)
+    if not all(map(os.path.isfile, files)):
+        return None
+    return [Task(i, (Slice(path, 0, -1),), os.stat(path).st_size) for i, path in enumerate(files)]
 
 
 def _own_first(units: list[Task], part: int, num_parts: int) -> list[Task]:

@@ -28,11 +28,14 @@ class WorkerPool:
         context = get_context("forkserver")
         context.set_forkserver_preload(["data_shards.tasks"])  # imported once for all workers
         before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
+        self._pool = ProcessPoolExecutor(number, context, initializer=_end_with_parent)
         try:
-            self._pool = ProcessPoolExecutor(number, context, initializer=_end_with_parent)
             self._pool.submit(int).result()
-        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)  # one that came meanwhile is handled here
+        except BaseException as error:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            self.__exit__(type(error))
+            raise
 
     def __enter__(self) -> "WorkerPool":
         return self
@@ -41,7 +44,8 @@ class WorkerPool:
         if error_type:
             for process in list((self._pool._processes or {}).values()):
                 process.kill()
-        self._pool.shutdown(wait=error_type is None, cancel_futures=True)
+        # Waited for in any case: a pool still closing when the interpreter ends is woken through a closed pipe there.
+        self._pool.shutdown(cancel_futures=True)
 
     def submit(self, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
         """Has a worker call a function of a module."""

@@ -24,7 +24,7 @@ class MicroBatch:
         token_types_BT: Segment of each token, 0 or 1.
         packing: Pieces of the rows.
         masking: Selected positions and the generator's input.
-        sampling_seed: Of the noise that replacements are drawn with.
+        seed: Of its random draws: replacements, and dropout.
         weight: 1, or 0 for rows that only keep a process in step with the others.
         is_unscored_BT: True where the loss over all tokens leaves one out: padding, and special tokens
             where the objective says so; None where all count.
@@ -35,7 +35,7 @@ class MicroBatch:
     token_types_BT: Tensor
     packing: Packing
     masking: Masking
-    sampling_seed: int
+    seed: int
     weight: float = 1.0
     is_unscored_BT: Tensor | None = None
 

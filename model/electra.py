@@ -13,17 +13,24 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from model.batch import GlobalCounts, MicroBatch
 from model.config import ModelConfig
-from model.embeddings import AnyEmbeddings, BorrowingEmbeddings, DisentangledEmbeddings, Embeddings
+from model.embeddings import DisentangledEmbeddings, build_embeddings
 from model.encoder import Encoder, initialize
 from model.heads import DiscriminatorHead, MaskedLanguageModelHead, TokenGate
+from model.kernels.detection import COUNTS
+from model.kernels.dropout import dropout_at, dropout_keys
 from model.kernels.select import Kernels
-from model.losses import copy_mixture_nll, policy_gradient
+from model.kernels.vocabulary import Predictions, Sampling, uniform
+from model.losses import copy_mixture_nll, policy_gradient, predict_by_control
 from model.masking import Masking
 from model.objective import ObjectiveConfig, Trains, generator_embedding_size
-from model.statistics import Statistics, detection_sums, generator_sums
+from model.statistics import Statistics, generator_sums, pair_sums
+
+_GENERATOR, _DISCRIMINATOR = 0, 1  # streams of dropout's keys
+_LOGITS_AT_ONCE = 4096  # positions
 
 
 @dataclass(frozen=True)
@@ -31,13 +38,13 @@ class Generated:
     """What the generator makes of the selected positions.
 
     Attributes:
-        logits_NV: fp32.
+        predictions: Its loss there, and its samples.
         hidden_NG: Its last hidden states; None for the controls, which have none.
         original_N: Tokens to find.
         weights_N: 1, or 0 where a position does not count.
     """
 
-    logits_NV: Tensor
+    predictions: Predictions
     hidden_NG: Tensor | None
     original_N: Tensor
     weights_N: Tensor
@@ -50,12 +57,10 @@ class Corrupted:
     Attributes:
         token_ids_BT: Samples at the selected positions, original tokens elsewhere.
         is_replaced_BT: The labels.
-        sampled_N: The samples.
     """
 
     token_ids_BT: Tensor
     is_replaced_BT: Tensor
-    sampled_N: Tensor
 
 
 @dataclass(frozen=True)
@@ -86,21 +91,25 @@ class Electra(nn.Module):
 
     def __init__(self, config: ModelConfig, objective: ObjectiveConfig, vocab_size: int, kernels: Kernels):
         super().__init__()
-        self.config, self.objective = config, objective
+        self.config, self.objective, self.kernels = config, objective, kernels
         has_generator, hidden_size = objective.has_generator, config.hidden_size
-        self.embeddings, self.generator_embeddings = _build_embeddings(config, objective, vocab_size)
+        self.embeddings, self.generator_embeddings = build_embeddings(config, objective, vocab_size, kernels)
         generator_width = generator_embedding_size(config, objective)
         self.generator = self.generator_head = self.baseline = None
         if has_generator and objective.sharing != "all":
             self.generator = Encoder(config, config.generator, kernels, generator_width)
         if has_generator:
             generator_hidden = config.generator.hidden_size
-            self.generator_head = MaskedLanguageModelHead(config, generator_hidden, generator_width, vocab_size)
+            self.generator_head = MaskedLanguageModelHead(
+                config, generator_hidden, generator_width, vocab_size, kernels
+            )
         self.discriminator = Encoder(config, config.discriminator, kernels)
         self.discriminator_head = DiscriminatorHead(config) if objective.detects else None
         self.prediction_head = self.copy_gate = None
         if not objective.detects:
-            self.prediction_head = MaskedLanguageModelHead(config, hidden_size, config.embedding_size, vocab_size)
+            self.prediction_head = MaskedLanguageModelHead(
+                config, hidden_size, config.embedding_size, vocab_size, kernels
+            )
         if objective.name == "all_tokens_mlm":
             self.copy_gate = TokenGate(hidden_size)
         if objective.training == "adversarial":
@@ -159,7 +168,7 @@ class Electra(nn.Module):
         """The first of two stages: the discriminator only takes part in the backward pass."""
         loss, sums = self.mlm_loss(self.generate(batch), batch, counts)
         idle = batch.idle()
-        nothing = Corrupted(idle.token_ids_BT, torch.zeros_like(idle.token_ids_BT).bool(), idle.token_ids_BT.flatten())
+        nothing = Corrupted(idle.token_ids_BT, torch.zeros_like(idle.token_ids_BT).bool())
         idle_loss = self.discriminator_loss(nothing, idle, counts).loss
         return loss + idle_loss, Statistics.of(loss.device, sums).sums, None, None
 
@@ -175,56 +184,64 @@ class Electra(nn.Module):
         return _outcome(idle_loss, sums | {"resting": sums["masked"]}, corrupted, discriminated, batch)
 
     def generate(self, batch: MicroBatch) -> Generated:
-        """The generator reads the masked rows."""
+        """The generator reads the masked rows, and fills in each selected position by a draw from its softmax."""
         original_N = batch.token_ids_BT.gather(1, batch.masking.positions_BM).flatten()
         weights_N = batch.masking.weights_BM.flatten() * batch.weight
+        objective = self.objective
+        sampling = Sampling(
+            uniform(batch.seed, len(original_N), original_N.device), objective.temperature, objective.disallow_correct
+        )
         if self.generator_head is None:
             assert self._control_logits_V is not None, "set_control was not called"
             self._control_logits_V = self._control_logits_V.to(original_N.device)
-            return Generated(self._control_logits_V.expand(len(original_N), -1), None, original_N, weights_N)
-        embeddings = self.generator_embeddings or self.embeddings
-        encoder = self.generator or self.discriminator
-        embedded_BTE = embeddings(batch.masking.generator_ids_BT, batch.positions_BT, batch.token_types_BT)
-        hidden_NG = _select(encoder(embedded_BTE, batch.packing), batch.masking)
-        return Generated(self.generator_head(hidden_NG, embeddings.token_table()), hidden_NG, original_N, weights_N)
+            return Generated(
+                predict_by_control(self._control_logits_V, original_N, weights_N, sampling), None, original_N, weights_N
+            )
+        hidden_NG = self.generator_hidden(batch)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and objective.training != "adversarial"):
+            predictions = self.generator_head(hidden_NG, self._generator_table(), original_N, weights_N, sampling)
+        return Generated(predictions, hidden_NG, original_N, weights_N)
+
+    def generator_hidden(self, batch: MicroBatch) -> Tensor:
+        """The generator's hidden states at the selected positions, ``(N, G)``."""
+        encoder, embeddings = self.generator or self.discriminator, self.generator_embeddings or self.embeddings
+        keys_S = self._dropout_keys(batch, encoder, _GENERATOR)
+        dropout = dropout_at(keys_S, 0, encoder.embedding_dropout)
+        masking = batch.masking
+        embedded_BTE = embeddings(masking.generator_ids_BT, batch.positions_BT, batch.token_types_BT, dropout)
+        return _select(encoder(embedded_BTE, batch.packing, keys_S), masking)
+
+    def generator_logits(self, batch: MicroBatch) -> Tensor:
+        """The generator's logits at the selected positions, ``(N, V)``, fp32: all of them, for whoever needs them."""
+        assert self.generator_head is not None
+        return self.generator_head.logits(self.generator_hidden(batch), self._generator_table())
+
+    def _generator_table(self) -> Tensor:
+        """The token table that the generator reads and its output layer is tied to, ``(V, E)``."""
+        return (self.generator_embeddings or self.embeddings).token_table()
+
+    def _dropout_keys(self, batch: MicroBatch, encoder: Encoder, network: int) -> Tensor | None:
+        """Keys of the dropout of one network in one pass; None outside training."""
+        if not self.training:
+            return None
+        return dropout_keys(batch.seed, network, encoder.num_sites, batch.token_ids_BT.device)
 
     def corrupt(self, generated: Generated, batch: MicroBatch) -> Corrupted:
         """Replaces the selected tokens by samples; one that equals the original does not count as replaced."""
-        sampled_N = self.sample(generated.logits_NV.detach(), generated.original_N, batch.sampling_seed)
-        token_ids_BT = replace(batch.token_ids_BT, batch.masking, sampled_N)
+        assert generated.predictions.sampled_N is not None
+        token_ids_BT = replace(batch.token_ids_BT, batch.masking, generated.predictions.sampled_N)
         is_replaced_BT = token_ids_BT != batch.token_ids_BT
         if self.objective.label_rule == "selected":
             is_replaced_BT = batch.masking.times_selected_BT > 0
-        return Corrupted(token_ids_BT, is_replaced_BT, sampled_N)
-
-    def sample(self, logits_NV: Tensor, original_N: Tensor, seed: int) -> Tensor:
-        """Draws a token for each selected position from the generator's softmax, ``(N,)``; no gradient.
-
-        The Gumbel-max trick: the argmax of logits plus Gumbel noise, where -log of an
-        exponential draw is Gumbel distributed. All of it in fp32.
-        """
-        logits_NV = self._sampling_logits(logits_NV, original_N)
-        noise = torch.Generator(logits_NV.device).manual_seed(seed)
-        exponential_NV = torch.empty_like(logits_NV).exponential_(generator=noise)
-        return (logits_NV - exponential_NV.log()).argmax(-1)
-
-    def _sampling_logits(self, logits_NV: Tensor, original_N: Tensor) -> Tensor:
-        logits_NV = logits_NV / self.objective.temperature
-        if self.objective.disallow_correct:
-            logits_NV = logits_NV.scatter(1, original_N[:, None], -torch.inf)
-        return logits_NV
+        return Corrupted(token_ids_BT, is_replaced_BT)
 
     def mlm_loss(
         self, generated: Generated, batch: MicroBatch, counts: GlobalCounts
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The generator's maximum likelihood loss, weighted, and its sums."""
-        nll_N = F.cross_entropy(generated.logits_NV, generated.original_N, reduction="none")
-        # What does not count may be a special token, which a control cannot draw: infinity times 0 is no number.
-        nll_N = nll_N.masked_fill(generated.weights_N == 0, 0.0)
-        sums = generator_sums(
-            nll_N, generated.logits_NV, generated.original_N, generated.weights_N, _is_concealed(batch)
-        )
-        return self.objective.generator_loss_weight * (nll_N * generated.weights_N).sum() / counts.masked, sums
+        predictions = generated.predictions
+        sums = generator_sums(predictions.nll_N, predictions.is_correct_N, generated.weights_N, _is_concealed(batch))
+        return self.objective.generator_loss_weight * predictions.loss / counts.masked, sums
 
     def policy_loss(
         self,
@@ -235,13 +252,18 @@ class Electra(nn.Module):
         counts: GlobalCounts,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The adversarial generator's policy gradient on the discriminator's losses, weighted, and its sums."""
+        sampled_N, positions_BM = generated.predictions.sampled_N, batch.masking.positions_BM
         assert self.baseline is not None and generated.hidden_NG is not None and discriminated.bce_BT is not None
-        positions_BM = batch.masking.positions_BM
-        logits_NV = self._sampling_logits(generated.logits_NV, generated.original_N)
-        log_probability_N = -F.cross_entropy(logits_NV, corrupted.sampled_N, reduction="none")
+        assert self.generator_head is not None and sampled_N is not None
+        # The reward is known only now, so the head runs once more, and all logits are there.
+        logits_NV = self.generator_head.logits(generated.hidden_NG, self._generator_table())
+        logits_NV = logits_NV / self.objective.temperature
+        if self.objective.disallow_correct:
+            logits_NV = logits_NV.scatter(1, generated.original_N[:, None], -torch.inf)
+        log_probability_N = -F.cross_entropy(logits_NV, sampled_N, reduction="none")
         reward_N = discriminated.bce_BT.gather(1, positions_BM).flatten()
         # A sample that was averaged with another one has no reward of its own.
-        stands_N = corrupted.token_ids_BT.gather(1, positions_BM).flatten() == corrupted.sampled_N
+        stands_N = corrupted.token_ids_BT.gather(1, positions_BM).flatten() == sampled_N
         weights_N = generated.weights_N * stands_N
         # The baseline learns from the hidden states without shaping them: it must not change what is sought.
         baseline_logit_N = self.baseline(generated.hidden_NG.detach())
@@ -270,38 +292,50 @@ class Electra(nn.Module):
         if self.objective.name == "electra_15":
             scored_BT, denominator = batch.masking.times_selected_BT * batch.weight, counts.masked
         logits_BT = self.discriminate(corrupted.token_ids_BT, batch)
-        bce_BT = F.binary_cross_entropy_with_logits(logits_BT, labels_BT.float(), reduction="none")
-        loss = self.objective.discriminator_loss_weight * (bce_BT * scored_BT).sum() / denominator
-        sums = detection_sums(bce_BT, logits_BT, labels_BT, scored_BT)
-        return Discriminated(loss, sums, logits_BT.detach(), bce_BT.detach())
+        detection = self.kernels.detect(logits_BT, labels_BT, scored_BT)
+        loss = self.objective.discriminator_loss_weight * detection.loss / denominator
+        sums = dict(zip(COUNTS, detection.sums.unbind(), strict=True)) | pair_sums(logits_BT, labels_BT, scored_BT)
+        return Discriminated(loss, sums, logits_BT.detach(), detection.bce_BT)
 
     def _predict_selected(self, read_BT: Tensor, batch: MicroBatch, counts: GlobalCounts) -> Discriminated:
         """The original token at the selected positions: Replace MLM, and BERT's MLM if [MASK] is read there."""
         assert self.prediction_head is not None
         hidden_NH = _select(self.encode(read_BT, batch), batch.masking)
-        logits_NV = self.prediction_head(hidden_NH, self.embeddings.token_table())
         original_N = batch.token_ids_BT.gather(1, batch.masking.positions_BM).flatten()
-        nll_N = F.cross_entropy(logits_NV, original_N, reduction="none")
         weights_N = batch.masking.weights_BM.flatten() * batch.weight
-        return self._predicted(nll_N, logits_NV.argmax(-1) == original_N, weights_N, counts.masked)
+        found = self.prediction_head(hidden_NH, self.embeddings.token_table(), original_N, weights_N)
+        return self._predicted(found.loss, found.nll_N, found.is_correct_N, weights_N, counts.masked)
 
     def _predict_all(self, read_BT: Tensor, batch: MicroBatch, counts: GlobalCounts) -> Discriminated:
-        """The original token everywhere, with a copy gate: All-Tokens MLM. Holds B·T·V logits."""
+        """The original token everywhere, with a copy gate: All-Tokens MLM. Each chunk's logits are made twice."""
         assert self.prediction_head is not None and self.copy_gate is not None
-        hidden_BTH = self.encode(read_BT, batch)
-        logits_NV = self.prediction_head(hidden_BTH.flatten(0, 1), self.embeddings.token_table())
-        gate_N = self.copy_gate(hidden_BTH).flatten()
-        nll_N, is_correct_N = copy_mixture_nll(logits_NV, gate_N, read_BT.flatten(), batch.token_ids_BT.flatten())
-        return self._predicted(nll_N, is_correct_N, batch.token_weights_BT.flatten(), counts.tokens)
+        hidden_NH = self.encode(read_BT, batch).flatten(0, 1)
+        tokens = (self.copy_gate(hidden_NH), read_BT.flatten(), batch.token_ids_BT.flatten())
+        parts = [
+            checkpoint(self._copy_or_predict, *part, use_reentrant=False)
+            for part in zip(*(t.split(_LOGITS_AT_ONCE) for t in (hidden_NH, *tokens)), strict=True)
+        ]
+        nll_N, is_correct_N = (torch.cat(column) for column in zip(*parts, strict=True))
+        weights_N = batch.token_weights_BT.flatten()
+        loss = (nll_N * weights_N).sum()
+        return self._predicted(loss, nll_N.detach(), is_correct_N, weights_N, counts.tokens)
 
-    def _predicted(self, nll_N: Tensor, is_correct_N: Tensor, weights_N: Tensor, denominator: float) -> Discriminated:
-        nll = (nll_N * weights_N).sum()
+    def _copy_or_predict(
+        self, hidden_NH: Tensor, gate_N: Tensor, read_N: Tensor, original_N: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        assert self.prediction_head is not None
+        logits_NV = self.prediction_head.logits(hidden_NH, self.embeddings.token_table())
+        return copy_mixture_nll(logits_NV, gate_N, read_N, original_N)
+
+    def _predicted(
+        self, loss: Tensor, nll_N: Tensor, is_correct_N: Tensor, weights_N: Tensor, denominator: float
+    ) -> Discriminated:
         sums = {
             "predicted": weights_N.sum(),
-            "prediction_nll": nll.detach(),
+            "prediction_nll": loss.detach(),
             "prediction_correct": (is_correct_N * weights_N).sum(),
         }
-        return Discriminated(self.objective.prediction_loss_weight * nll / denominator, sums, nll_N=nll_N.detach())
+        return Discriminated(self.objective.prediction_loss_weight * loss / denominator, sums, nll_N=nll_N)
 
     def discriminate(self, token_ids_BT: Tensor, batch: MicroBatch) -> Tensor:
         """The discriminator's logits, ``(B, T)``; positive means replaced."""
@@ -310,23 +344,10 @@ class Electra(nn.Module):
 
     def encode(self, token_ids_BT: Tensor, batch: MicroBatch) -> Tensor:
         """The discriminator's hidden states, ``(B, T, H)``; fine-tuning keeps the weights that make them."""
-        embedded_BTE = self.embeddings(token_ids_BT, batch.positions_BT, batch.token_types_BT)
-        return self.discriminator(embedded_BTE, batch.packing)
-
-
-def _build_embeddings(
-    config: ModelConfig, objective: ObjectiveConfig, vocab_size: int
-) -> tuple[AnyEmbeddings, AnyEmbeddings | None]:
-    """The discriminator's, and the generator's where it has some of its own."""
-    own = Embeddings(config, vocab_size)
-    if not objective.has_generator or objective.sharing == "all":
-        return own, None
-    if objective.sharing == "embeddings":
-        return own, BorrowingEmbeddings(config, own) if objective.shared_tables == "token_and_position" else None
-    generators = Embeddings(config, vocab_size, generator_embedding_size(config, objective))
-    if objective.sharing == "gdes":
-        return DisentangledEmbeddings(config, vocab_size, generators), generators
-    return own, generators
+        keys_S = self._dropout_keys(batch, self.discriminator, _DISCRIMINATOR)
+        dropout = dropout_at(keys_S, 0, self.discriminator.embedding_dropout)
+        embedded_BTE = self.embeddings(token_ids_BT, batch.positions_BT, batch.token_types_BT, dropout)
+        return self.discriminator(embedded_BTE, batch.packing, keys_S)
 
 
 def replace(token_ids_BT: Tensor, masking: Masking, sampled_N: Tensor) -> Tensor:

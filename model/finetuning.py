@@ -19,7 +19,8 @@ from model.config import ModelConfig
 from model.embeddings import Embeddings
 from model.encoder import Encoder, Layer, SelfAttention, gelu
 from model.kernels.attention import Packing
-from model.kernels.select import Kernels
+from model.kernels.dropout import dropout_at, dropout_keys
+from model.kernels.select import Kernels, outside_autocast
 
 SPAN_WIDTH = 512
 
@@ -41,7 +42,6 @@ class Examples:
     @property
     def lengths(self) -> tuple[int, ...]:
         """Tokens of each example."""
-        assert self.packing.lengths
         return self.packing.lengths
 
     @cached_property
@@ -74,25 +74,32 @@ class FineTunedElectra(nn.Module):
 
     def __init__(self, config: ModelConfig, vocab_size: int, kernels: Kernels, head: nn.Module):
         super().__init__()
-        self.embeddings = Embeddings(config, vocab_size)
+        kernels = outside_autocast(kernels)
+        self.embeddings = Embeddings(config, vocab_size, kernels)
         self.discriminator = Encoder(config, config.discriminator, kernels)
         self.head = head
 
     def encode(self, examples: Examples) -> Tensor:
         """The last layer's vectors ``(T, H)``."""
-        return self.discriminator(self._embed(examples), examples.packing)[0]
+        return self._run(examples, leaves_out=0)[0]
 
     def encode_first(self, examples: Examples) -> Tensor:
         """The last layer's vectors of each [CLS] alone, ``(P, H)``: equal to ``encode``'s, and a layer cheaper."""
-        hidden_TH = self.discriminator(self._embed(examples), examples.packing, leaves_out=1)[0]
-        layer = self.discriminator.layers[-1]
+        hidden_TH, keys_S = self._run(examples, leaves_out=1)
+        layer, keys_S = self.discriminator.layers[-1], self.discriminator.keys_of_layer(keys_S, -1)
         assert isinstance(layer, Layer)
         first_PH = hidden_TH.index_select(0, examples.first_P)
-        return layer.after_attention(first_PH, _attend_from_first(layer.attention, first_PH, hidden_TH, examples))
+        attended_PH = _attend_from_first(layer.attention, first_PH, hidden_TH, examples)
+        return layer.after_attention(first_PH, attended_PH, keys_S)
 
-    def _embed(self, examples: Examples) -> Tensor:
-        """The row of all examples, ``(1, T, E)``."""
-        return self.embeddings(examples.token_ids_T[None], examples.positions_T[None], examples.token_types_T[None])
+    def _run(self, examples: Examples, leaves_out: int) -> tuple[Tensor, Tensor | None]:
+        """The row of all examples through the encoder, ``(T, H)``, and dropout's keys, drawn from torch's generator."""
+        encoder, device, keys_S = self.discriminator, examples.token_ids_T.device, None
+        if self.training:
+            keys_S = dropout_keys(int(torch.randint(2**62, ())), 0, encoder.num_sites, device)
+        arguments = (examples.token_ids_T[None], examples.positions_T[None], examples.token_types_T[None])
+        embedded_1TE = self.embeddings(*arguments, dropout_at(keys_S, 0, encoder.embedding_dropout))
+        return encoder(embedded_1TE, examples.packing, keys_S, leaves_out)[0], keys_S
 
 
 class LinearHead(nn.Module):

@@ -9,22 +9,39 @@ from torch import Tensor, nn
 
 from model.config import ModelConfig
 from model.encoder import gelu
+from model.kernels.layer_norm import LayerNorm
+from model.kernels.select import Kernels
+from model.kernels.vocabulary import Predictions, Sampling
 
 
 class MaskedLanguageModelHead(nn.Module):
     """Dense, GELU, LayerNorm, then the token table as output layer, at the positions asked for only."""
 
-    def __init__(self, config: ModelConfig, hidden_size: int, embedding_size: int, vocab_size: int):
+    def __init__(self, config: ModelConfig, hidden_size: int, embedding_size: int, vocab_size: int, kernels: Kernels):
         super().__init__()
         self.dense = nn.Linear(hidden_size, embedding_size)
-        self.layer_norm = nn.LayerNorm(embedding_size, eps=config.layer_norm_eps)
+        self.layer_norm = LayerNorm(embedding_size, eps=config.layer_norm_eps)
         self.output_bias = nn.Parameter(self.dense.weight.new_zeros(vocab_size))
-        self.activation = config.activation
+        self.activation, self.kernels = config.activation, kernels
 
-    def forward(self, hidden_NG: Tensor, token_table_VE: Tensor) -> Tensor:
+    def forward(
+        self,
+        hidden_NG: Tensor,
+        token_table_VE: Tensor,
+        original_N: Tensor,
+        weights_N: Tensor,
+        sampling: Sampling | None = None,
+    ) -> Predictions:
+        """Loss and samples at the positions, without holding their logits; see ``model.kernels.vocabulary``."""
+        transformed_NE = self._transform(hidden_NG)
+        return self.kernels.predict(transformed_NE, token_table_VE, self.output_bias, original_N, weights_N, sampling)
+
+    def logits(self, hidden_NG: Tensor, token_table_VE: Tensor) -> Tensor:
         """Returns logits ``(N, V)``, fp32."""
-        transformed_NE = self.layer_norm(gelu(self.dense(hidden_NG), self.activation))
-        return F.linear(transformed_NE, token_table_VE, self.output_bias).float()
+        return F.linear(self._transform(hidden_NG), token_table_VE, self.output_bias).float()
+
+    def _transform(self, hidden_NG: Tensor) -> Tensor:
+        return self.layer_norm(gelu(self.dense(hidden_NG), self.activation))
 
 
 class DiscriminatorHead(nn.Module):

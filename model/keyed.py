@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 
 _M32, _M64 = 0xFFFFFFFF, 0xFFFFFFFFFFFFFFFF
-_GOLDEN = 0x9E3779B9
+GOLDEN = 0x9E3779B9
 
 
 def hash32(value: Tensor) -> Tensor:
@@ -29,8 +29,8 @@ def keyed_bits(keys_B: Tensor, counters: Tensor, stream: int) -> Tensor:
         stream: Separates uses of the same key.
     """
     low, high = keys_B & _M32, (keys_B >> 32) & _M32
-    row_B1 = hash32(hash32(low ^ (stream * _GOLDEN & _M32)) ^ high)[:, None]
-    return hash32(hash32((counters * _GOLDEN) & _M32) ^ row_B1)
+    row_B1 = hash32(hash32(low ^ (stream * GOLDEN & _M32)) ^ high)[:, None]
+    return hash32(hash32((counters * GOLDEN) & _M32) ^ row_B1)
 
 
 def keyed_bits_numpy(keys_B: np.ndarray, counters: np.ndarray, stream: int) -> np.ndarray:
@@ -42,11 +42,12 @@ def keyed_bits_numpy(keys_B: np.ndarray, counters: np.ndarray, stream: int) -> n
         stream: Likewise.
     """
     low, high = keys_B.astype(np.uint32), (keys_B >> 32).astype(np.uint32)
-    row_B1 = _hash32_in_place(_hash32_in_place(low ^ np.uint32(stream * _GOLDEN & _M32)) ^ high)[:, None]
-    return _hash32_in_place(_hashed_counters(1 << int(counters.max()).bit_length())[counters] ^ row_B1)
+    row_B1 = hash32_numpy(hash32_numpy(low ^ np.uint32(stream * GOLDEN & _M32)) ^ high)[:, None]
+    return hash32_numpy(hashed_counters(int(counters.max()) + 1)[counters] ^ row_B1)
 
 
-def _hash32_in_place(value: np.ndarray) -> np.ndarray:
+def hash32_numpy(value: np.ndarray) -> np.ndarray:
+    """``hash32`` of uint32 values, in place."""
     scratch = value >> np.uint32(16)
     value ^= scratch
     value *= np.uint32(0x85EBCA6B)
@@ -56,10 +57,15 @@ def _hash32_in_place(value: np.ndarray) -> np.ndarray:
     return value
 
 
-@lru_cache(maxsize=4)
+def hashed_counters(count: int) -> np.ndarray:
+    """The part of a draw that is the same for all rows, for counters 0, 1, … below ``count``; not to be written to."""
+    return _hashed_counters(1 << (count - 1).bit_length())[:count]
+
+
+@lru_cache(maxsize=16)
 def _hashed_counters(count: int) -> np.ndarray:
-    """The part of a draw that is the same for all rows; ``count`` is a power of two, so that few are kept."""
-    return _hash32_in_place(np.arange(count, dtype=np.uint32) * np.uint32(_GOLDEN))
+    """``count`` is a power of two, so that few are kept."""
+    return hash32_numpy(np.arange(count, dtype=np.uint32) * np.uint32(GOLDEN))
 
 
 def seed_for(seed: int, step: int, micro_batch: int, stream: int) -> int:

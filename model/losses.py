@@ -3,9 +3,15 @@
 Shapes: N tokens in one dimension, V vocabulary.
 """
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from model.kernels.vocabulary import Predictions, Sampling, sample
+
+_AT_ONCE = 512  # positions
 
 
 def copy_mixture_nll(logits_NV: Tensor, gate_N: Tensor, input_N: Tensor, original_N: Tensor) -> tuple[Tensor, Tensor]:
@@ -25,6 +31,22 @@ def copy_mixture_nll(logits_NV: Tensor, gate_N: Tensor, input_N: Tensor, origina
         copies_N = torch.logaddexp(log_copy_N, log_input_N) >= log_predict_N + log_best_N
         is_correct_N = torch.where(copies_N, input_N, best_N) == original_N
     return -log_likelihood_N, is_correct_N
+
+
+def predict_by_control(
+    log_probabilities_V: Tensor, original_N: Tensor, weights_N: Tensor, sampling: Sampling
+) -> Predictions:
+    """What a generator says and draws that gives every position the same distribution.
+
+    A position that does not count may hold a special token, of probability 0: its loss counts as 0, not as infinity.
+    """
+    nll_N = (-log_probabilities_V.log_softmax(0)[original_N]).masked_fill(weights_N == 0, 0.0)
+    is_correct_N = log_probabilities_V.argmax() == original_N
+    drawn = [
+        sample(log_probabilities_V.expand(len(part_N), -1), part_N, replace(sampling, uniform_N=uniform_N))
+        for part_N, uniform_N in zip(original_N.split(_AT_ONCE), sampling.uniform_N.split(_AT_ONCE), strict=True)
+    ]
+    return Predictions((nll_N * weights_N).sum(), nll_N, is_correct_N, torch.cat(drawn))
 
 
 def policy_gradient(log_probability_N: Tensor, reward_N: Tensor, baseline_logit_N: Tensor) -> tuple[Tensor, Tensor]:

@@ -92,37 +92,26 @@ class Statistics:
 
 
 @torch.no_grad()
-def generator_sums(
-    nll_N: Tensor, logits_NV: Tensor, original_N: Tensor, weights_N: Tensor, is_concealed_N: Tensor
-) -> dict[str, Tensor]:
+def generator_sums(nll_N: Tensor, is_correct_N: Tensor, weights_N: Tensor, is_concealed_N: Tensor) -> dict[str, Tensor]:
     """Sums of the masked language model at the selected positions."""
     concealed_N = is_concealed_N * weights_N
     return {
         "masked": weights_N.sum(),
         "generator_nll": (nll_N * weights_N).sum(),
-        "generator_correct": ((logits_NV.argmax(-1) == original_N) * weights_N).sum(),
+        "generator_correct": (is_correct_N * weights_N).sum(),
         "concealed": concealed_N.sum(),
         "concealed_nll": (nll_N * concealed_N).sum(),
     }
 
 
 @torch.no_grad()
-def detection_sums(bce_BT: Tensor, logits_BT: Tensor, is_replaced_BT: Tensor, scored_BT: Tensor) -> dict[str, Tensor]:
-    """Sums of replaced token detection over the tokens of weight ``scored_BT``."""
-    flagged_BT, counts_BT = logits_BT > 0, scored_BT > 0
+def pair_sums(logits_BT: Tensor, is_replaced_BT: Tensor, scored_BT: Tensor) -> dict[str, Tensor]:
+    """Pairs of a replaced and an original token, of those with a weight; for the AUC."""
+    counts_BT = scored_BT > 0
     ordered, pairs = count_ordered_pairs(
         logits_BT.flatten(), (is_replaced_BT & counts_BT).flatten(), (~is_replaced_BT & counts_BT).flatten()
     )
-    return {
-        "detected": scored_BT.sum(),
-        "detected_replaced": (scored_BT * is_replaced_BT).sum(),
-        "discriminator_bce": (scored_BT * bce_BT).sum(),
-        "discriminator_correct": (scored_BT * (flagged_BT == is_replaced_BT)).sum(),
-        "flagged": (scored_BT * flagged_BT).sum(),
-        "flagged_replaced": (scored_BT * (flagged_BT & is_replaced_BT)).sum(),
-        "ordered_pairs": ordered,
-        "pairs": pairs,
-    }
+    return {"ordered_pairs": ordered, "pairs": pairs}
 
 
 def count_ordered_pairs(scores_N: Tensor, positive_N: Tensor, negative_N: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,8 @@ process runs it: everything is keyed by seed, step and j, or by the row.
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,14 +18,15 @@ from data_shards.special import SpecialIds
 from model.batch import MicroBatch
 from model.kernels.attention import Packing
 from model.keyed import seed_for
-from model.masking import MaskingRule, select_and_mask
+from model.masking import Masking, MaskingRule, select_and_mask
 from model.objective import ObjectiveConfig
 from pipeline.config import Config
 from pipeline.distributed import Process
 from pipeline.plan import Plan
+from pipeline.spikes import SkippedRows, step_of_rows
 
-SAMPLING, DROPOUT = 1, 2
-"""Streams of random numbers of a micro-batch."""
+DRAWS = 1
+"""Stream of random numbers of a micro-batch."""
 
 
 def open_rows(config: Config, folders: list[Path], weights: list[float]) -> RowLoader:
@@ -63,11 +65,11 @@ def masking_rule(objective: ObjectiveConfig, sequence_length: int, special: Spec
 
 
 def to_micro_batch(
-    rows: KeyedRows, config: Config, vocab_size: int, device: str, sampling_seed: int, weight: float
+    rows: KeyedRows, config: Config, vocab_size: int, device: str, seed: int, weight: float
 ) -> MicroBatch:
-    """Masks rows and moves them to ``device``."""
+    """Masks rows on the host and moves them to ``device``."""
     objective, special = config.objective, rows.special
-    token_ids_BT = _tensor(rows.rows.token_ids, device)
+    token_ids_BT = _tensor(rows.rows.token_ids)
     rule = masking_rule(objective, config.data.sequence_length, special, vocab_size)
     is_unscored_BT = counts_B = None
     if rows.has_padding:  # a share of the tokens that are there, at least one
@@ -77,30 +79,56 @@ def to_micro_batch(
     if not objective.score_special_tokens:
         is_special_BT = (token_ids_BT == special.cls) | (token_ids_BT == special.sep)
         is_unscored_BT = is_special_BT if is_unscored_BT is None else is_unscored_BT | is_special_BT
-    keys_B = torch.from_numpy(rows.keys.view(np.int64)).to(device)
-    return MicroBatch(
+    keys_B = torch.from_numpy(rows.keys.view(np.int64))
+    batch = MicroBatch(
         token_ids_BT=token_ids_BT,
-        positions_BT=_tensor(rows.rows.positions, device),
-        token_types_BT=_tensor(rows.rows.token_types, device),
-        packing=Packing(_tensor(rows.rows.pieces, device)),
+        positions_BT=_tensor(rows.rows.positions),
+        token_types_BT=_tensor(rows.rows.token_types),
+        packing=Packing(_tensor(rows.rows.pieces)),
         masking=select_and_mask(token_ids_BT, keys_B, rule, counts_B),
-        sampling_seed=sampling_seed,
+        seed=seed,
         weight=weight,
         is_unscored_BT=is_unscored_BT,
     )
+    return to_device(batch, device)
 
 
-def _tensor(array: np.ndarray, device: str) -> torch.Tensor:
-    return torch.from_numpy(array).to(device).long()  # in this order: narrow integers travel
+def _tensor(array: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(array).long()
+
+
+def to_device(batch: MicroBatch, device: str) -> MicroBatch:
+    """A micro-batch moved to ``device``. From pinned memory the copies are queued on the current stream, in which
+    the work that reads them comes later, and nobody waits; torch keeps the pinned memory until they are done.
+    """
+    return _with_tensors(batch, lambda tensor: tensor.to(device, non_blocking=True))
+
+
+def _with_tensors(batch: MicroBatch, change: Callable[[torch.Tensor], torch.Tensor]) -> MicroBatch:
+    """A micro-batch with each of its tensors changed."""
+    masking, is_unscored_BT = batch.masking, batch.is_unscored_BT
+    return replace(
+        batch,
+        token_ids_BT=change(batch.token_ids_BT),
+        positions_BT=change(batch.positions_BT),
+        token_types_BT=change(batch.token_types_BT),
+        packing=replace(batch.packing, pieces_BT=change(batch.packing.pieces_BT)),
+        masking=Masking(change(masking.positions_BM), change(masking.weights_BM), change(masking.generator_ids_BT)),
+        is_unscored_BT=None if is_unscored_BT is None else change(is_unscored_BT),
+    )
 
 
 class MicroBatches:
-    """The micro-batches of a step that belong to one process."""
+    """The micro-batches of a step that belong to one process, on the host: what is counted waits for no device."""
 
-    def __init__(self, config: Config, plan: Plan, process: Process, loader: RowLoader, device: str):
-        """Rank r of w runs the micro-batches r, r + w, r + 2w, …"""
+    def __init__(
+        self, config: Config, plan: Plan, process: Process, loader: RowLoader, device: str,
+        skips: Sequence[SkippedRows] = (),
+    ):  # fmt: skip
+        """Rank r of w runs the micro-batches r, r + w, r + 2w, …; their memory is pinned for a GPU's sake."""
+        self._skips = skips
         self._config, self._plan, self._process = config, plan, process
-        self._loader, self._device = loader, device
+        self._loader, self._pins = loader, device == "cuda"
 
     def of_step(self, step: int) -> Iterator[tuple[int, MicroBatch]]:
         """Yields (number of the micro-batch in the global batch, micro-batch).
@@ -113,10 +141,7 @@ class MicroBatches:
             number = turn * plan.world_size + self._process.rank
             weight = 1.0 if number < plan.micro_batches_per_step else 0.0
             first = number * plan.micro_batch_rows if weight else 0
-            rows = self._loader.rows_at(step, first, plan.micro_batch_rows)
-            sampling_seed = seed_for(seed, step, number, SAMPLING)
-            yield number, to_micro_batch(rows, self._config, plan.vocab_size, self._device, sampling_seed, weight)
-
-    def dropout_seed(self, step: int, number: int) -> int:
-        """Seed of torch's generator for the dropout of a micro-batch."""
-        return seed_for(self._config.run.seed, step, number, DROPOUT)
+            rows = self._loader.rows_at(step_of_rows(step, self._skips), first, plan.micro_batch_rows)
+            draws = seed_for(seed, step, number, DRAWS)
+            batch = to_micro_batch(rows, self._config, plan.vocab_size, "cpu", draws, weight)
+            yield number, _with_tensors(batch, torch.Tensor.pin_memory) if self._pins else batch

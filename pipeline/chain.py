@@ -4,6 +4,8 @@
 rest; the single-stage commands and Slurm's tasks take the same way in.
 """
 
+import os
+import time
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,17 +13,22 @@ from typing import Any, Literal
 
 from data_shards.build import Share
 from pipeline import checkpoint as checkpoints
+from pipeline import goodput
+from pipeline.attempts import refuse_to_start
 from pipeline.config import Config
 from pipeline.distributed import Process, leave_together
 from pipeline.environment import describe_environment
-from pipeline.errors import FORESEEN, ConfigError, ElectraError, StoppedEarly
+from pipeline.errors import FORESEEN, ConfigError, DamagedError, ElectraError, PeerLostError, StoppedEarly
 from pipeline.evaluation.stored import read_results
+from pipeline.journal import read_entries
 from pipeline.keys import EVALUATE_SELECTION, science_of
 from pipeline.launch import launch, num_processes, threads_per_process
 from pipeline.log import logger
+from pipeline.sign_of_life import is_at_work, withdraw
 from pipeline.stages import (
     STAGES,
     StageRecord,
+    State,
     differences,
     end_record,
     move_aside,
@@ -31,6 +38,7 @@ from pipeline.stages import (
     run_lock,
     stage_folder,
     start_record,
+    write_config,
 )
 from pipeline.tokenize import is_complete, run_tokenize, share_of_work, tokenize_inputs
 
@@ -122,7 +130,21 @@ def _decide_pretrain(config: Config, upstream: StageRecord) -> Decision:
         return Decision("pretrain", "reuse", f"up to date, at step {final_step:,}", inputs)
     if steps:
         return Decision("pretrain", "resume", f"from step {steps[-1]:,} of {config.train.steps:,}", inputs)
+    _refuse_lost_checkpoints(config, record)
     return Decision("pretrain", "run", "started before, no checkpoint yet", inputs)
+
+
+def _refuse_lost_checkpoints(config: Config, record: StageRecord) -> None:
+    """Nothing is saved: right for a run that has just begun, and for no other."""
+    folder = stage_folder(config, "pretrain")
+    vanished = bool(read_entries(folder / "journal.jsonl")) and not (folder / "checkpoints").exists()
+    own = [attempt for attempt in goodput.read_attempts(folder) if attempt.lineage == record.lineage]
+    had_gone_on = config.run.fork_from is None and any(attempt.first_step for attempt in own)
+    if record.state == "done" or vanished or had_gone_on:
+        raise DamagedError(
+            f"{folder / 'checkpoints'} holds no checkpoint although this run has had some; bring them back, or start "
+            "from the beginning with --force pretrain, which moves the journal aside"
+        )
 
 
 def _decide_evaluate(config: Config, upstream: StageRecord | None) -> Decision:
@@ -207,6 +229,7 @@ def run_stages(config: Config, stages: tuple[str, ...], arguments: list[str], fo
         if force:
             move_aside(config, force)
         shipper: Shipper | None = None
+        spent_s = 0.0
         for stage in stages:
             decision = decide(config, stage)
             if decision.action == "wait":
@@ -215,18 +238,28 @@ def run_stages(config: Config, stages: tuple[str, ...], arguments: list[str], fo
                 logger.info("%s: %s", stage, decision.why)
                 continue
             logger.info("%s: %s (%s)", stage, decision.action, decision.why)
+            write_config(config, stage)
             shipper = shipper or stack.enter_context(Shipper(config))
-            _run_here(config, stage, decision, arguments)
+            began = time.monotonic()
+            _run_here(config, stage, decision, arguments, spent_s)
+            spent_s += time.monotonic() - began
         if shipper is None and needs_shipping(config):
             stack.enter_context(Shipper(config))
 
 
-def _run_here(config: Config, stage: str, decision: Decision, arguments: list[str]) -> None:
+def _run_here(config: Config, stage: str, decision: Decision, arguments: list[str], spent_s: float) -> None:
+    """``spent_s``: seconds that this command has spent on the stages before."""
     processes = num_processes(config, stage)
     if stage == "tokenize":
         execute_stage(config, decision, Process())
         return
-    code = launch([stage, *arguments], processes, threads_per_process(config, processes))
+    restarts = config.launch.restarts if stage == "pretrain" else 0
+    folder = stage_folder(config, "pretrain") / "checkpoints"
+    threads = threads_per_process(config, processes)
+    os.environ.update(goodput.begin_allocation(spent_s))
+    code = launch([stage, *arguments], processes, threads, restarts, lambda: checkpoints.list_steps(folder)[-1:])
+    if stage == "pretrain":
+        goodput.end_allocation(stage_folder(config, stage), code=code)
     if code == 0:
         return
     record = read_record(config, stage)
@@ -250,10 +283,12 @@ def execute_stage(config: Config, decision: Decision, process: Process) -> None:
     try:
         is_over = _STORIES[stage](config, record, process)
     except BaseException as error:
-        if process.rank == 0 and not _is_done_by_others(config, record):
-            end_record(config, record, "stopped" if isinstance(error, StoppedEarly) else "failed")
+        if process.rank == 0:
+            _end_early(config, record, "stopped" if isinstance(error, StoppedEarly) else "failed")
         raise
-    if process.rank == 0 and is_over:
+    if process.rank == 0 and not is_over:
+        _end_early(config, record, "stopped")
+    elif process.rank == 0:
         if not _is_done_by_others(config, record):
             end_record(config, record, "done")
         logger.info("%s: done", stage)
@@ -265,6 +300,7 @@ def _ship_the_end(config: Config, stage: str) -> None:
 
     record = read_record(config, stage)
     if record is not None and record.state != "running" and needs_shipping(config):
+        write_config(config, stage)
         with Shipper(config):
             pass
 
@@ -273,6 +309,19 @@ def _is_done_by_others(config: Config, record: StageRecord) -> bool:
     """Whether another element of an array has finished the stage that this one has a record of, too."""
     other = read_record(config, record.stage)
     return other is not None and other.state == "done" and other.inputs == record.inputs
+
+
+def _end_early(config: Config, record: StageRecord, state: State) -> None:
+    """Ends the record of a stage that is not done, unless other elements of an array go on with it or have done it.
+
+    Who leaves takes its own sign of life away before it looks for others', so the last one to leave sees none.
+    """
+    if record.stage in SHARED:
+        withdraw(config.run_folder)
+        if is_at_work(config.run_folder, shared_only=True):
+            return
+    if not _is_done_by_others(config, record):
+        end_record(config, record, state)
 
 
 def _record_of_other_rank(config: Config, stage: str, decision: Decision) -> StageRecord:
@@ -322,19 +371,24 @@ def run_as_rank(config: Config, stage: str, process: Process, launched_here: boo
     if decision.action == "reuse":
         logger.info("%s: %s", stage, decision.why)
         return
+    if stage == "pretrain":
+        refuse_to_start(config, process.rank)
     try:
         with ExitStack() as stack:
             share = share_of_work() if stage in SHARED else Share()
             if process.rank == 0 and not launched_here:
                 stack.enter_context(run_lock(config, shared=stage in SHARED))
                 if share.part == 0:
+                    write_config(config, stage)
                     stack.enter_context(Shipper(config))
             if share.part and process.rank == 0:
                 stack.callback(_ship_the_end, config, stage)
             execute_stage(config, decision, process)
     except StoppedEarly as stopped:
         leave_together(_PATIENCE_S)
-        raise StoppedEarly(str(stopped) if process.rank == 0 else "") from None
+        raise type(stopped)(str(stopped) if process.rank == 0 else "") from None
+    except PeerLostError:
+        raise  # there is nobody to wait for
     except ElectraError:
         leave_together(_PATIENCE_AFTER_ERROR_S)  # which may be this process's alone
         raise

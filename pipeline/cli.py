@@ -4,14 +4,19 @@ import json
 import sys
 import traceback
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
 from pipeline import __version__
+from pipeline.acceptance_cli import acceptance
+from pipeline.compare_cli import compare
+from pipeline.doctor_cli import doctor
 from pipeline.export_cli import export
 from pipeline.scores_cli import scores
 from pipeline.shards_cli import shards
+from pipeline.status_cli import WatchCommand, watch
+from pipeline.tune_cli import estimate_options, tune
 
 _STAGES = ("tokenize", "pretrain", "evaluate")
 _debug = False
@@ -138,21 +143,31 @@ _stage_command("pretrain", "Shards to checkpoints.")
 _stage_command("evaluate", "A checkpoint to scores on downstream tasks.")
 
 
-@cli.command()
+@cli.command(cls=WatchCommand)
 @_config
 @_overrides
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
+@click.option("--watch", "seconds", type=click.FloatRange(min=0.1), help="Again every so many seconds (10) to its end.")
 @_debug_option
-def status(config: Path, overrides: tuple[str, ...], as_json: bool, debug: bool) -> None:
-    """State of each stage, progress and MLflow run ids."""
+def status(config: Path, overrides: tuple[str, ...], as_json: bool, seconds: float | None, debug: bool) -> None:
+    """State of each stage, progress, what is left of it, and MLflow run ids."""
     _set_debug(debug)
-    from pipeline.report import describe_status, format_status
+    from pipeline.status import describe_status, format_status, is_over
 
-    found = [describe_status(settings) for settings in _load_all(config, overrides)]
-    if as_json:
-        click.echo(json.dumps(found if _has_variants(config) else found[0], indent=1))
-        return
-    click.echo("\n\n".join(format_status(status) for status in found))
+    configs = _load_all(config, overrides)
+
+    def show(found: list[dict[str, Any]]) -> str:
+        if as_json:
+            return json.dumps(found if _has_variants(config) else found[0], indent=1)
+        return "\n\n".join(format_status(each) for each in found)
+
+    def look() -> list[dict[str, Any]]:
+        return [describe_status(settings) for settings in configs]
+
+    if seconds is None:
+        click.echo(show(look()))
+    else:
+        watch(look, show, lambda found: all(map(is_over, found)), seconds)
 
 
 @cli.command("config")
@@ -160,22 +175,26 @@ def status(config: Path, overrides: tuple[str, ...], as_json: bool, debug: bool)
 @_overrides
 @click.option("--world-size", type=click.IntRange(min=1), default=1, help="Processes to plan for.")
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
+@estimate_options
 @_debug_option
-def show_config(config: Path, overrides: tuple[str, ...], world_size: int, as_json: bool, debug: bool) -> None:
-    """The resolved config, and the numbers that follow from it; of several variants a table."""
+def show_config(
+    config: Path, overrides: tuple[str, ...], world_size: int, as_json: bool, debug: bool, **of_estimate: Any
+) -> None:
+    """The resolved config, the numbers that follow from it, and what it will cost; of several variants a table."""
     _set_debug(debug)
     from pipeline.config_file import dump_yaml
-    from pipeline.deepspeed_config import build_deepspeed_config
+    from pipeline.cost import describe_estimate
+    from pipeline.measured import make_estimate
     from pipeline.plan import describe, make_plan
 
     configs = _load_all(config, overrides)
     plans = [make_plan(settings, world_size) for settings in configs]
-    for settings, plan in zip(configs, plans, strict=True):
-        build_deepspeed_config(settings, plan)
+    pairs = list(zip(configs, plans, strict=True))
+    estimates = [make_estimate(settings, plan, **of_estimate) for settings, plan in pairs]
     if as_json:
         shown = [
-            {"config": settings.model_dump(mode="json"), "plan": plan.to_dict()}
-            for settings, plan in zip(configs, plans, strict=True)
+            {"config": settings.model_dump(mode="json"), "plan": plan.to_dict(), "estimate": estimate.to_dict()}
+            for (settings, plan), estimate in zip(pairs, estimates, strict=True)
         ]
         click.echo(json.dumps(shown if _has_variants(config) else shown[0], indent=1))
     elif len(configs) > 1:
@@ -185,7 +204,7 @@ def show_config(config: Path, overrides: tuple[str, ...], world_size: int, as_js
             click.echo(line)
     else:
         click.echo(dump_yaml(configs[0]))
-        for name, value in describe(plans[0]):
+        for name, value in [*describe(plans[0]), *describe_estimate(estimates[0])]:
             click.echo(f"{name:32} {value}")
 
 
@@ -202,9 +221,13 @@ def sync(config: Path, overrides: tuple[str, ...], debug: bool) -> None:
         click.echo(sync_now(settings))
 
 
+cli.add_command(acceptance)
+cli.add_command(compare)
+cli.add_command(doctor)
 cli.add_command(shards)
 cli.add_command(export)
 cli.add_command(scores)
+cli.add_command(tune)
 
 
 def _load_all(config: Path, overrides: tuple[str, ...]) -> list[Any]:
@@ -233,6 +256,7 @@ def _run_variants(
 
     from pipeline.distributed import RENDEZVOUS
     from pipeline.errors import StoppedEarly
+    from pipeline.goodput import begin_part
     from pipeline.launch import Children
 
     begin = time.monotonic()
@@ -242,7 +266,7 @@ def _run_variants(
             name, rest = names[number], names[number + 1 :]
             own = [*_time_left(command, settings, time.monotonic() - begin), f"run.variant={name}", *more]
             arguments = [command, str(config), *overrides, *own, *(["--debug"] * _debug)]
-            code = children.run(arguments, os.environ | {RENDEZVOUS: name})
+            code = children.run(arguments, os.environ | {RENDEZVOUS: name} | begin_part(name))
             if code:
                 raise _unfinished(f"variant {name} ended with exit code {code}", code, rest)
             if rest and children.told_to_stop:
@@ -275,8 +299,10 @@ def _run_stages(
     settings: Any, stages: tuple[str, ...], config: Path, overrides: tuple[str, ...], force: str | None
 ) -> None:
     from pipeline.chain import run_stages
+    from pipeline.distributed import exit_when_told_to_stop
     from pipeline.log import log_to_file, set_up_logging
 
+    exit_when_told_to_stop()  # until the stage listens itself
     set_up_logging()
     log_to_file(settings.run_folder / "log.txt")
     run_stages(settings, stages, [str(config), *overrides], force)
@@ -299,17 +325,28 @@ def _set_debug(debug: bool) -> None:
 
 def main() -> None:
     """Entry point: runs a command; every foreseeable failure is one message and its exit code."""
+    from pipeline.distributed import exit_process
+
     try:
         cli(standalone_mode=False)
+        exit_process(0)
     except click.exceptions.Abort:
         sys.exit(130)
     except click.ClickException as error:
         error.show()
-        sys.exit(64)
+        _end(64, error)
     except Exception as error:
         if _debug:
             traceback.print_exc()
-        sys.exit(_report(error))
+        _end(_report(error), error)
+
+
+def _end(code: int, error: Exception) -> NoReturn:
+    from pipeline.attempts import record_exit
+    from pipeline.distributed import exit_process
+
+    record_exit(code, error)
+    exit_process(code)
 
 
 def _report(error: Exception) -> int:

@@ -5,21 +5,27 @@ the result is ``pipeline.keys``; what follows from a config is ``pipeline.plan``
 """
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_serializer, model_validator
 
 from model.config import ModelConfig, Section
 from model.flops import steps_for_flops
 from model.objective import RECIPES, ObjectiveConfig, refuse_senseless
+from pipeline.config_train import (
+    MOST_PROFILED_STEPS,
+    Auto,
+    Count,
+    DeepSpeedConfig,
+    KernelsConfig,
+    LaunchConfig,
+    LayerDecayDepth,
+    OptimizerConfig,
+    TrainConfig,
+)
+from pipeline.redaction import redact
 
 _TRACKING_URI = r"^(auto|none|(https?|sqlite|postgresql|mysql|mssql)(\+\w+)?://.+|databricks.*)$"
-
-Auto = Literal["auto"]
-Count = Annotated[int, Field(ge=1)]
-Decay = Annotated[float, Field(ge=0, lt=1)]
-MOST_STEPS, MOST_FLOPS = 10**9, 1e30
-LayerDecayDepth = Literal["released", "fixed"]
 
 
 class RunConfig(Section):
@@ -38,16 +44,6 @@ class RunConfig(Section):
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*@\d+$",
         description="NAME@STEP: start from that checkpoint of another run.",
     )
-
-
-class LaunchConfig(Section):
-    """Processes and threads."""
-
-    processes: Auto | Count = Field("auto", description="Processes on this machine; auto: one a GPU, or one on CPU.")
-    threads_per_process: Auto | Count = Field(
-        "auto", description="CPU threads of a process; auto: cores over processes. Rounding depends on it."
-    )
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is one.")
 
 
 class CorpusConfig(Section):
@@ -125,83 +121,6 @@ class TokenizerConfig(Section):
         return self
 
 
-class TrainConfig(Section):
-    """Length, batches, precision and what is written when."""
-
-    steps: int = Field(ge=1, le=MOST_STEPS, description="Optimizer steps of the whole run; the schedule ends there.")
-    flops: float | None = Field(
-        None,
-        gt=0,
-        lt=MOST_FLOPS,
-        strict=True,
-        description="Nominal FLOPs of the whole run, from which steps follow; for comparisons at equal cost.",
-    )
-    initial_discriminator: Path | None = Field(
-        None, description="Hugging Face folder, google/electra-* among them, that the discriminator starts from."
-    )
-    initial_generator: Path | None = Field(None, description="The same for the generator.")
-    global_batch_size: int = Field(ge=1, description="Rows of sequence_length tokens per step.")
-    micro_batch_size: Auto | Count = Field(
-        "auto",
-        description="Rows of one forward pass; divides global_batch_size. auto: at most 32,768 tokens.",
-    )
-    precision: Literal["fp32", "bf16", "fp16"] = Field("bf16", description="Of weights and activations in a pass.")
-    stop_after_seconds: float | None = Field(None, gt=0, description="Save and exit 85 after so long in this attempt.")
-    checkpoint_every: int = Field(1000, ge=1, description="Steps between checkpoints (released: 1,000).")
-    keep_checkpoints: int = Field(3, ge=1, description="Newest checkpoints that are kept.")
-    log_every: int = Field(100, ge=1, description="Steps between lines of the journal; metrics are means over them.")
-    held_out_rows: int = Field(512, ge=0, description="Held-out rows scored at the end and in between; 0: none.")
-    held_out_every: int | None = Field(
-        None, ge=1, description="Steps between scores of the held-out rows, a multiple of log_every; null: at the end."
-    )
-    chance_intervals: int = Field(
-        20, ge=0, description="Logged intervals with the discriminator at chance before a warning; 0: never."
-    )
-    max_skipped_steps: int = Field(50, ge=0, description="Steps with NaN or inf that are skipped before exit 93.")
-    deterministic: bool = Field(False, description="Deterministic algorithms on GPU; CPU always is.")
-
-
-class OptimizerConfig(Section):
-    """AdamW as in google-research/electra's ``model/optimization.py``, and what others use."""
-
-    name: Literal["adamw", "lamb"] = Field(
-        "adamw", description="Adam with decoupled weight decay; lamb: scaled by tensor, for batches of many thousands."
-    )
-    lr: float = Field(gt=0, description="Peak learning rate: 5e-4 for Small, 2e-4 else.")
-    betas: tuple[Decay, Decay] = Field((0.9, 0.999), description="Decay of the two moments.")
-    eps: float = Field(1e-6, gt=0, description="Added to the root of the second moment.")
-    weight_decay: float = Field(0.01, ge=0, description="On all but LayerNorm and biases; embeddings decay too.")
-    bias_correction: bool = Field(False, description="The released optimizer has none.")
-    schedule: Literal["linear_times_warmup", "linear", "cosine", "wsd"] = Field(
-        "linear_times_warmup",
-        description="linear_times_warmup: decay over all steps times min(1, step / warmup_steps), released; the "
-        "others warm up first and then decay: linear, cosine, or wsd (constant, then linear over decay_fraction).",
-    )
-    warmup_steps: int = Field(10_000, ge=0, description="Steps of warm-up.")
-    decay_power: float = Field(1.0, gt=0, description="Exponent of the linear decays: 1; NVIDIA's recipe: 0.5.")
-    decay_fraction: float = Field(0.1, gt=0, le=1, description="Share of all steps in which wsd decays.")
-    final_lr_fraction: float = Field(0.0, ge=0, lt=1, description="Learning rate at the end over the peak.")
-    layer_decay: float = Field(
-        1.0, gt=0, le=1, description="Learning rate of a layer over that of the one above; for continued pretraining."
-    )
-    layer_decay_depth: LayerDecayDepth = Field(
-        "fixed", description="Which layer gets which power; see pipeline/optimizer.py."
-    )
-    gradient_clip: float = Field(1.0, gt=0, description="Largest global norm, over both networks together.")
-
-
-class DeepSpeedConfig(Section):
-    """DeepSpeed's own settings."""
-
-    config: Path | None = Field(None, description="A DeepSpeed JSON; default: ZeRO stage 1.")
-
-
-class KernelsConfig(Section):
-    """Implementations of fused operations."""
-
-    backend: Literal["auto", "reference", "torch"] = Field("auto", description="auto picks the fastest that works.")
-
-
 class FineTuning(Section):
     """What a fine-tuning run can be told; what is None follows from the task's file, else from the model's size.
 
@@ -273,6 +192,11 @@ class TrackingConfig(Section):
     )
     experiment: str = Field("electra", description="MLflow experiment.")
 
+    @field_serializer("uri")
+    def _without_password(self, uri: str) -> str:
+        """Whatever writes a config down, writes it without."""
+        return redact(uri)
+
 
 class Config(Section):
     """One run."""
@@ -323,6 +247,22 @@ class Config(Section):
             raise ValueError(
                 f"train.held_out_every={train.held_out_every} is not a multiple of train.log_every={train.log_every}; "
                 "the scores join a logged step"
+            )
+        if train.keep_best and (train.held_out_every is None or train.checkpoint_every % train.held_out_every):
+            raise ValueError(
+                f"train.keep_best=true keeps checkpoints of steps that were scored: train.held_out_every="
+                f"{train.held_out_every} must divide train.checkpoint_every={train.checkpoint_every}"
+            )
+        begin, end = train.profile_steps or (1, 2)
+        if not begin < end <= train.steps + 1:
+            raise ValueError(
+                f"train.profile_steps=[{begin}, {end}] must rise, to train.steps + 1 = {train.steps + 1} at most: "
+                "the second number is the first step that is not recorded; correct it, or raise train.steps"
+            )
+        if end - begin > MOST_PROFILED_STEPS:
+            raise ValueError(
+                f"train.profile_steps=[{begin}, {end}] are {end - begin} steps, and the profiler keeps all it records "
+                f"in memory: {MOST_PROFILED_STEPS} at most; choose a shorter window"
             )
         if self.data.sequence_length > self.model.max_positions:
             raise ValueError(

@@ -16,8 +16,10 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError
 
 from model.config import SIZES
-from pipeline.config import MOST_FLOPS, MOST_STEPS, Config, RunConfig
+from pipeline.config import Config, RunConfig
+from pipeline.config_train import MOST_FLOPS, MOST_STEPS
 from pipeline.errors import ConfigError, UsageError
+from pipeline.redaction import redact, redact_arguments, without_user_info
 from pipeline.variants import choose_variants, take_variants
 
 _PATH_KEYS = {
@@ -216,15 +218,16 @@ def _plain(tree: Any) -> Any:
 
 def _apply_override(values: Values, sources: Sources, override: str) -> None:
     dotted, equals, text = override.partition("=")
+    shown = repr(*redact_arguments([override]))
     if not equals or not dotted:
-        raise UsageError(f"{override!r}: an override is section.key=value")
+        raise UsageError(f"{shown}: an override is section.key=value")
     if dotted == "run.variant" and not text:
         raise ConfigError("run.variant is empty; give the name of a variant, or leave run.variant out")
     try:
         value = text if dotted == "run.variant" else parse_yaml(text)  # a name is never a number, nor null
     except MarkedYAMLError as error:
-        raise UsageError(f"{override!r}: the value is not valid YAML: {_yaml_problem(error)}") from None
-    _set_value(values, sources, dotted, value, f"argument {override!r}", Path.cwd())
+        raise UsageError(f"{shown}: the value is not valid YAML: {_yaml_problem(error)}") from None
+    _set_value(values, sources, dotted, value, f"argument {shown}", Path.cwd())
 
 
 def _set_value(values: Values, sources: Sources, dotted: str, value: Any, place: str, base: Path) -> None:
@@ -281,7 +284,7 @@ def _explain_all(error: ValidationError, sources: Sources, who: str) -> list[str
         dotted = ".".join(location)
         if not any(known.startswith(f"{dotted}.") for known in lines):
             lines.setdefault(dotted, _explain(item, location, sources, who))
-    return list(lines.values())
+    return [without_user_info(line) for line in lines.values()]
 
 
 def _is_branch(part: str) -> bool:
@@ -302,6 +305,8 @@ def _explain(item: Any, location: list[str], sources: Sources, who: str) -> str:
     if not location:
         return f"{who}{message}"
     value = item.get("input")
+    if dotted == "tracking.uri" and isinstance(value, str):
+        value = redact(value)
     shown = f"={value!r}" if isinstance(value, str | int | float | bool) else ""
     return f"{prefix}{dotted}{shown}: {message[0].lower()}{message[1:]}"
 

@@ -21,7 +21,7 @@ def read_deepspeed_json(path: Path | None) -> dict[str, Any]:
     """The user's JSON, or the default.
 
     Raises:
-        ConfigError: No such file, or not a JSON object.
+        ConfigError: No such file, not a JSON object, or a value that DeepSpeed would stumble over.
     """
     if path is None:
         return DEFAULT
@@ -39,6 +39,7 @@ def read_deepspeed_json(path: Path | None) -> dict[str, Any]:
     stage = content.get("zero_optimization", {}).get("stage", 0)
     if stage not in (0, 1, 2, 3):
         raise ConfigError(f"deepspeed.config={path}: zero_optimization.stage={stage!r} must be 0, 1, 2 or 3")
+    _check_buckets(content.get("zero_optimization", {}), path)
     for key in content.get("zero_optimization", {}):
         if key.startswith("offload_") or key == "cpu_offload":
             raise ConfigError(
@@ -52,6 +53,21 @@ def read_deepspeed_json(path: Path | None) -> dict[str, Any]:
             "wrong; remove it"
         )
     return content
+
+
+def _check_buckets(zero: dict[str, Any], path: Path) -> None:
+    """DeepSpeed takes 5e8 for a whole number, and null for ``overlap_comm``: true under stage 3."""
+    size, overlap = zero.get("reduce_bucket_size", "auto"), zero.get("overlap_comm", "auto")
+    is_count = type(size) is int or (type(size) is float and size.is_integer())
+    if size != "auto" and not (is_count and size >= 1):
+        raise ConfigError(
+            f"deepspeed.config={path}: zero_optimization.reduce_bucket_size={size!r} must be a whole number of "
+            "elements, at least 1; DeepSpeed's own is 5e8"
+        )
+    if overlap not in ("auto", None) and type(overlap) is not bool:
+        raise ConfigError(
+            f"deepspeed.config={path}: zero_optimization.overlap_comm={overlap!r} must be true, false or null"
+        )
 
 
 def zero_stage(deepspeed_json: dict[str, Any]) -> int:

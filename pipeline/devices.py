@@ -1,11 +1,104 @@
-"""Peak rate and memory of the device, for MFU and reports."""
+"""The device: its peak rate and memory, for MFU and reports; the kernels and layers that run on it."""
 
+import os
+import socket
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
 
 import torch
+from torch import nn
+
+from model.encoder import Encoder, Layer
+from model.kernels.select import Kernels, UnusableBackendError, find, select_kernels
+from pipeline.config import Config
+from pipeline.distributed import Process
+from pipeline.errors import ConfigError
+from pipeline.log import logger
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 # Dense bf16, FLOP/s, from NVIDIA's datasheets.
 _PEAK_BF16 = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "B200": 2250e12, "V100": 125e12}
+
+_COMPILED = ("add_norm", "bias_gelu")  # what lies between a layer's products
+
+
+@contextmanager
+def explaining_lack_of_memory(process: Process) -> Iterator[None]:
+    """In here the device may have too little memory, which it will have again the next time.
+
+    Raises:
+        ConfigError: In place of PyTorch's error.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(
+            f"rank {process.rank} on {socket.gethostname()} is out of memory ({str(error).splitlines()[0]}); set a "
+            "smaller train.micro_batch_size, the same global batch in more passes, or "
+            "train.activation_checkpointing=true; `electra tune` measures what fits"
+        ) from None
+
+
+def choose_kernels(
+    config: Config, device: str, kept: dict[str, str] | None = None, backend: str | None = None
+) -> Kernels:
+    """Resolves ``kernels.backend`` for a run; warns of what is broken here.
+
+    Args:
+        config: The run.
+        device: ``cpu`` or ``cuda``.
+        kept: Backends by operation of an earlier attempt, which ``auto`` keeps.
+        backend: In place of the config's.
+
+    Raises:
+        ConfigError: The backend does not work here.
+    """
+    if config.kernels.compile_layers and config.kernels.backend not in ("auto", "torch"):
+        raise ConfigError(
+            f"kernels.compile_layers=true fuses torch's operations, and kernels.backend={config.kernels.backend} takes "
+            "others; set kernels.backend=auto, or leave compile_layers out"
+        )
+    backend = backend or config.kernels.backend
+    is_tanh = config.model.activation == "gelu_tanh"
+    try:
+        kernels = select_kernels(backend, device, is_tanh, kept, _DTYPES[config.train.precision])
+    except UnusableBackendError as error:
+        raise ConfigError(f"{error}; or set kernels.backend=auto") from None
+    for warning in kernels.warnings:
+        logger.warning("kernel of %s", warning)
+    if backend == "auto" and config.kernels.compile_layers:
+        plain = {operation: find(operation, "torch") for operation in _COMPILED}
+        reasons = dict.fromkeys(_COMPILED, "fused by the compiler: kernels.compile_layers")
+        names = kernels.names | dict.fromkeys(_COMPILED, "torch")
+        kernels = replace(kernels, **plain, names=names, reasons=kernels.reasons | reasons)
+    return kernels
+
+
+def kept_kernels(numerics: dict[str, Any], device: str) -> dict[str, str] | None:
+    """Backends by operation that a run's earlier attempt stored, if it ran on a device of this kind."""
+    return numerics.get("kernels") if numerics.get("device") == device else None
+
+
+def prepare_layers(config: Config, model: nn.Module) -> None:
+    """Has the encoders' layers compiled and their activations made again, where the config says so.
+
+    Compiled is what follows attention: it has the same shapes in every micro-batch, and attention kernels of its own
+    would only be called. What is compiled is kept for the next start, under ``run.dir``.
+    """
+    for encoder in model.modules():
+        if isinstance(encoder, Encoder):
+            encoder.checkpoints_activations = config.train.activation_checkpointing
+    if not config.kernels.compile_layers:
+        return
+    # By now torch may have set it to a folder under /tmp by itself.
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(config.run.dir.absolute() / ".inductor")
+    for layer in model.modules():
+        if isinstance(layer, Layer):
+            layer.after_attention = torch.compile(layer.after_attention, dynamic=False)
 
 
 def peak_flops(device: str, threads: int) -> tuple[float, str]:
@@ -35,3 +128,35 @@ def peak_memory_gib(device: str) -> float:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 2**30
+
+
+class Stopwatch:
+    """Seconds that a device spends in marked spans. A GPU is waited for only when they are asked for."""
+
+    def __init__(self, device: str):
+        """``cpu`` or ``cuda``."""
+        self._is_gpu, self._seconds = device == "cuda", 0.0
+        self._events: list[tuple[Any, Any]] = []
+
+    @contextmanager
+    def span(self) -> Iterator[None]:
+        """What is done inside counts."""
+        if self._is_gpu:
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin.record()
+            yield
+            end.record()
+            self._events.append((begin, end))
+            return
+        began = time.perf_counter()
+        yield
+        self._seconds += time.perf_counter() - began
+
+    def take(self) -> float:
+        """Seconds since the last call."""
+        if self._events:
+            self._events[-1][1].synchronize()
+            self._seconds += sum(begin.elapsed_time(end) for begin, end in self._events) / 1e3
+        seconds, self._seconds = self._seconds, 0.0
+        self._events.clear()
+        return seconds

@@ -4,16 +4,18 @@ Control values (stop flags, counts, sums for metrics) travel over gloo on the
 host, beside whatever the gradients use, so that they never wait for a GPU.
 """
 
+import logging
 import os
 import signal
 import socket
+import sys
 import threading
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, NoReturn
 
-from pipeline.errors import ConfigError, StoppedEarly
+from pipeline.errors import ConfigError, PeerLostError, StoppedEarly
 
 # Steps of ranks count from 0; Slurm's special steps (batch shell, interactive shell) have ids up here.
 _FIRST_SPECIAL_STEP_ID = 0xFFFFFF00
@@ -177,6 +179,32 @@ def leave_together(patience_s: float) -> None:
     waiting.join(patience_s + 1)
     if not waiting.is_alive():
         dist.destroy_process_group()
+
+
+def exit_process(code: int) -> NoReturn:
+    """Ends this process with that code, also where it has left a collective behind that nobody will finish.
+
+    gloo's threads may still hold tensors; at the interpreter's end that aborts the process now and then, in place of
+    its exit code (PyTorch's pull request 179291 tells how), and to destroy the group is to wait for those gone.
+    """
+    dist = sys.modules.get("torch.distributed")
+    if dist is None or not dist.is_available() or not dist.is_initialized():
+        sys.exit(code)
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def lost_peer(error: RuntimeError, process: Process, step: int) -> PeerLostError | None:
+    """What an error of a collective means when another process has gone; None for any other error."""
+    import torch.distributed as dist
+
+    text = (str(error).strip() or repr(error)).splitlines()[0]
+    if not isinstance(error, dist.DistError) and "gloo" not in text:
+        return None
+    host = socket.gethostname()
+    return PeerLostError(f"rank {process.rank} on {host}: another process is gone, noticed in step {step:,} ({text})")
 
 
 class Control:

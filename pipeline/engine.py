@@ -5,9 +5,11 @@ from, what happens to NaN, and how full weights and moments are read and set.
 """
 
 import math
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +21,11 @@ from model.objective import Trains
 from model.statistics import Statistics
 from pipeline.config import Config
 from pipeline.deepspeed_config import build_deepspeed_config, zero_stage
+from pipeline.devices import Stopwatch
 from pipeline.errors import ConfigError
 from pipeline.fragments import Fragment, in_flat_group, in_sub_group, measure_norms, segments, whole
 from pipeline.lamb import ElectraLamb
+from pipeline.loss_scale import never_give_up, read_loss_scale, set_loss_scale
 from pipeline.optimizer import ElectraAdamW, parameter_groups
 from pipeline.plan import Plan
 
@@ -64,36 +68,33 @@ class Engine:
         Raises:
             ConfigError: A precision that DeepSpeed refuses here, a contradicting DeepSpeed JSON.
         """
-        import deepspeed
-        from deepspeed.runtime import bf16_optimizer
-        from deepspeed.utils import logger as deepspeed_logger
-
         check_precision(config, device)
-        deepspeed_logger.setLevel("WARNING")
-        # Its shared-memory all-reduce is compiled at first use, which takes a minute, and serves one host only.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        # Half a second of collecting garbage for every group, and lines that nobody asked for.
-        bf16_optimizer.see_memory_usage = lambda *_, **__: None
+        deepspeed = _import_deepspeed()
         settings = build_deepspeed_config(config, plan)
         self.stage = zero_stage(settings)
         self.settings = settings
         self.model = model
         self._clip = config.optimizer.gradient_clip
         self._world_size = plan.world_size
+        kernel = {"kernel": model.kernels.adamw} if config.optimizer.name == "adamw" else {}
         optimizer = _OPTIMIZERS[config.optimizer.name](
             parameter_groups(model, config),
             betas=config.optimizer.betas,
             eps=config.optimizer.eps,
             weight_decay=config.optimizer.weight_decay,
             bias_correction=config.optimizer.bias_correction,
+            **kernel,
         )
         self._base_optimizer = optimizer
         self._generator_steps = generator_steps(config.objective, config.train.steps)
+        self._forward_watch = Stopwatch(device)
         self._is_plain = self.stage == 0 and config.train.precision == "fp32"
         names = {parameter: name for name, parameter in model.named_parameters()}
         self._engine: Any = deepspeed.initialize(
             model=model.to(device), optimizer=optimizer, config=settings, dist_init_required=False
         )[0]
+        if settings["fp16"]["enabled"]:
+            never_give_up(self._engine.optimizer)
         self._parameters = {names[parameter]: parameter for parameter in model.parameters()}
         self._create_moments()
         self._fragments = self._find_fragments()
@@ -105,18 +106,16 @@ class Engine:
 
     def step(
         self,
-        micro_batches: Iterable[tuple[int, MicroBatch, GlobalCounts]],
+        micro_batches: Iterable[tuple[MicroBatch, GlobalCounts]],
         lr: float,
-        dropout_seed: Callable[[int], int],
         trains: Trains = "both",
         measures_norms: bool = False,
     ) -> StepResult:
         """Forward and backward over this process's micro-batches, then one update.
 
         Args:
-            micro_batches: Number within the global batch, rows, and the denominators of their losses.
+            micro_batches: Rows, and the denominators of their losses.
             lr: Learning rate; layer-wise rates are fractions of it.
-            dropout_seed: By micro-batch number.
             trains: The network that is updated; the other one's weights, moments and step counts stay
                 as they are. Other than ``both`` for two_stage only.
             measures_norms: Whether ``StepResult.norms`` are wanted; costs a pass over gradients and weights.
@@ -126,9 +125,10 @@ class Engine:
         self._prepare_groups(lr, trains)
         statistics = Statistics.zeros(self._engine.device)
         norms: dict[str, float] = {}
-        for number, batch, counts in micro_batches:
-            torch.manual_seed(dropout_seed(number))
-            loss, sums, *_ = self._engine(batch, counts, trains)
+        for batch, counts in micro_batches:
+            torch.manual_seed(batch.seed)  # for kernels that draw from torch's generator
+            with self._forward_watch.span():
+                loss, sums, *_ = self._engine(batch, counts, trains)
             statistics = statistics + Statistics(sums)
             # DeepSpeed averages over processes; the counts are global already, so that is undone.
             self._engine.backward(loss * self._world_size, scale_wrt_gas=False)
@@ -142,6 +142,17 @@ class Engine:
                 self._engine.step()
         scaled_down = not applied and self.settings["fp16"]["enabled"] and self._engine.optimizer.loss_scale > 1
         return StepResult(statistics, gradient_norm, applied, scaled_down, norms)
+
+    def busy_s(self) -> float:
+        """Seconds of this process's forward passes since the last call; backward passes wait for others."""
+        return self._forward_watch.take()
+
+    @torch.no_grad()
+    def flip_a_bit(self) -> None:
+        """Damages one weight of this process's copy; for drills."""
+        weight = next(self.model.parameters()).view(-1)[:1]
+        bits = weight.view(torch.int32 if weight.element_size() == 4 else torch.int16)
+        bits ^= 1 << 5
 
     def _prepare_groups(self, lr: float, trains: Trains) -> None:
         for group in self._base_optimizer.param_groups:
@@ -186,15 +197,14 @@ class Engine:
         return {name: list(getattr(p, "ds_shape", p.shape)) for name, p in self._parameters.items()}
 
     def full_state(self) -> Iterator[tuple[str, str, Tensor]]:
-        """Yields (kind, parameter, fp32 CPU tensor) for the weights and both moments, whole.
+        """Yields (kind, parameter, fp32 tensor on the device) for the weights and both moments, whole.
 
-        Kinds are ``weight`` and those of ``MOMENTS``. A collective: all processes iterate together,
-        and only rank 0 gets the tensors on the CPU.
+        Kinds are ``weight`` and those of ``MOMENTS``. A collective: all processes iterate together. Some tensors are
+        the ones in use: copy them before the next step.
         """
         for name, parameter in self._parameters.items():
             for kind in ("weight", *MOMENTS):
-                value = self._read(parameter, kind).detach()
-                yield kind, name, value.float().cpu() if self._engine.global_rank == 0 else value
+                yield kind, name, self._read(parameter, kind).detach().float()
 
     def load_full_state(self, read: Callable[[str, str], Tensor], applied_steps: int) -> None:
         """Sets weights and moments, whatever stage or number of processes wrote them.
@@ -207,6 +217,16 @@ class Engine:
         for name, parameter in self._parameters.items():
             for kind in ("weight", *MOMENTS):
                 self._write(parameter, kind, read(kind, name).to(self._engine.device))
+
+    @property
+    def loss_scale(self) -> dict[str, float] | None:
+        """State of fp16's loss scale; None in other precisions. May be set to what it was."""
+        return read_loss_scale(self._engine.optimizer) if self.settings["fp16"]["enabled"] else None
+
+    @loss_scale.setter
+    def loss_scale(self, state: dict[str, float] | None) -> None:
+        if state and self.settings["fp16"]["enabled"]:
+            set_loss_scale(self._engine.optimizer, state)
 
     def set_weights(self, read: Callable[[str], Tensor | None]) -> None:
         """Sets the weights of the parameters for which ``read`` gives a tensor; moments stay. A collective.
@@ -336,6 +356,35 @@ class Engine:
                 if low_parameter is parameter:
                     return high_parameter
         raise AssertionError("every parameter is in a group of the optimizer")
+
+
+def _import_deepspeed() -> Any:
+    """DeepSpeed without what costs seconds at each start, or a minute at the first, and serves nothing here."""
+    without_mlflow = "mlflow" not in sys.modules  # its autotuner would import it, and does without
+    if without_mlflow:
+        sys.modules["mlflow"] = None  # type: ignore[assignment]
+    # torch would import its compiler in order to tell it to leave these alone.
+    for method in (torch.optim.Optimizer.add_param_group, torch.optim.Optimizer.zero_grad):
+        plain: Any = getattr(method, "__wrapped__", method)
+        plain.__dynamo_disable = plain
+    try:
+        import deepspeed
+        from deepspeed.runtime import bf16_optimizer, compiler, engine
+    finally:
+        if without_mlflow:
+            del sys.modules["mlflow"]
+    from deepspeed.utils import logger as deepspeed_logger
+
+    # In the first step it imports Muon, to tell that our optimizer is another; that one would be compiled.
+    with mock.patch.object(compiler, "compile", lambda *_, **__: lambda function: function):
+        import deepspeed.runtime.zero.muon.muon_optimizer
+    deepspeed_logger.setLevel("WARNING")
+    # Its shared-memory all-reduce is compiled at first use, and serves one host only.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # Half a second of collecting garbage for every group, and lines that nobody asked for.
+    bf16_optimizer.see_memory_usage = lambda *_, **__: None
+    engine.is_zero_supported_optimizer = lambda _: True  # it would say that ours is not on its list
+    return deepspeed
 
 
 def _skip_once(optimizer: torch.optim.Optimizer) -> Callable[..., None]:

@@ -2,23 +2,29 @@
 
 import os
 import platform
+import shlex
 import socket
 import subprocess
+import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from pipeline import __version__
+from pipeline.redaction import redact_arguments
 
 _PACKAGES = (
     "torch", "deepspeed", "mlflow", "transformers", "datasets", "sentencepiece", "tokenizers", "numpy", "triton",
     "megatron-core",
 )  # fmt: skip
-_SLURM = ("SLURM_JOB_ID", "SLURM_JOB_NAME", "SLURM_JOB_NODELIST", "SLURM_NNODES", "SLURM_RESTART_COUNT")
+_SLURM = (
+    "SLURM_JOB_ID", "SLURM_JOB_NAME", "SLURM_JOB_NODELIST", "SLURM_NNODES", "SLURM_RESTART_COUNT",
+    "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURM_CLUSTER_NAME",
+)  # fmt: skip
 
 
 def describe_environment() -> dict[str, Any]:
-    """Versions of what matters, the commit, the machine and the Slurm job."""
+    """Versions of what matters, the command, the commit, the machine and the Slurm job."""
     return {
         "electra": __version__,
         "python": platform.python_version(),
@@ -27,6 +33,8 @@ def describe_environment() -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)),
         "packages": {name: found for name in _PACKAGES if (found := _version(name))},
         "git": git_commit(),
+        "command": shlex.join(["electra", *redact_arguments(sys.argv[1:])]),
+        "working_folder": os.getcwd(),
         "slurm": {name: os.environ[name] for name in _SLURM if name in os.environ},
     }
 

@@ -24,6 +24,18 @@ class DamagedError(ElectraError):
     exit_code = 65
 
 
+class PeerLostError(ElectraError):
+    """Another process is gone. The launcher starts all again; outside of it the code comes out as 1."""
+
+    exit_code = 75
+
+
+class StartAgainError(ElectraError):
+    """What is on disk is good, what is in memory is not. The launcher starts all processes again."""
+
+    exit_code = 75
+
+
 class ConfigError(ElectraError):
     """A setting is wrong, or does not fit what is on disk."""
 
@@ -34,6 +46,10 @@ class StoppedEarly(ElectraError):  # noqa: N818 - not a failure
     """Everything is saved; the same command goes on from here."""
 
     exit_code = 85
+
+
+class StoppedByFile(StoppedEarly):
+    """A user's file asks for it: nothing goes on until that is removed."""
 
 
 class DoNotRequeueError(ElectraError):

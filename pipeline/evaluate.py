@@ -91,9 +91,10 @@ def run_evaluate(config: Config, record: StageRecord, process: Process) -> bool:
             write_results(folder, gather(config, of_one, record), of_one)
         results = gather(config, chosen, record)
         write_summary(folder, results)
-        step = chosen[0].pretrained.step
-        record.output = {"checkpoint_step": step, "results": str(folder / "results.json")}
-        record.metrics, record.metrics_step = metrics_of(results), step
+        scored = chosen[0].pretrained
+        record.output = {"checkpoint_step": scored.step, "results": str(folder / "results.json")}
+        record.output |= {"checkpoint": str(scored.folder), "checkpoint_sha256": scored.digest}
+        record.metrics, record.metrics_step = metrics_of(results), scored.step
     return True
 
 

@@ -21,13 +21,12 @@ from model.hf import OTHER_WEIGHTS, write_folder
 from model.weights import OTHERS, Weights, discriminator_weights, expected_shapes, generator_weights, head_of
 from pipeline import checkpoint as checkpoints
 from pipeline.config import Config
-from pipeline.config_file import load_config
 from pipeline.errors import ConfigError, DamagedError, UsageError
 from pipeline.hf_folder import TOKENIZER_FILES
 from pipeline.keys import science_of
 from pipeline.log import logger
 from pipeline.model_card import Card, read_card, write_card
-from pipeline.stages import differences, read_record_file
+from pipeline.stages import differences, load_run, locate_tokenized, read_record_file
 
 ROLES = ("discriminator", "generator")
 _IMPORTS = ("initial_discriminator", "initial_generator")
@@ -108,9 +107,9 @@ def find_source(path: Path) -> Source:
         )
     if not (run_folder / "config.yaml").is_file():
         raise DamagedError(f"{run_folder}: no config.yaml, so the checkpoint's model is not known; restore that file")
-    config = load_config(run_folder / "config.yaml")
+    config = load_run(run_folder)
     _check_config(run_folder, config)
-    return Source(run_folder, config, found, _tokenizer_of(run_folder))
+    return Source(run_folder, config, found, _tokenizer_of(run_folder, config))
 
 
 def _newest_intact(folder: Path) -> checkpoints.Checkpoint:
@@ -146,14 +145,12 @@ def _check_config(run_folder: Path, config: Config) -> None:
         )
 
 
-def _tokenizer_of(run_folder: Path) -> Tokenizer:
+def _tokenizer_of(run_folder: Path, config: Config) -> Tokenizer:
     """The tokenizer that the run's tokenize stage names, also when its root has moved."""
     record = read_record_file(run_folder / "tokenize" / "stage.json")
     if record is None or "tokenizer" not in record.output:
         raise DamagedError(f"{run_folder / 'tokenize'}: no finished tokenize stage; restore its stage.json")
-    named = Path(record.output["tokenizer"])
-    beside = run_folder.parents[1] / "tokenizers" / named.name
-    folder, wanted = named if named.is_dir() else beside, record.output["tokenizer_sha256"]
+    folder, wanted = Path(locate_tokenized(config, record.output)["tokenizer"]), record.output["tokenizer_sha256"]
     remedy = f"restore the folder from a copy: {MODEL_NAME}, or else {LIBRARY_NAME}, of SHA-256 {wanted}"
     try:
         tokenizer = Tokenizer(folder)

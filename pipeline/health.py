@@ -1,8 +1,10 @@
-"""Signs that a training goes nowhere, read off the journal.
+"""Signs that a training goes nowhere, or slower than it could.
 
 A discriminator whose AUC stays at 1/2 calls tokens replaced by chance. Accuracy does not show it:
 with one token in twelve replaced, "original" is right eleven times of twelve.
 """
+
+import statistics
 
 from pipeline.config import Config
 from pipeline.journal import Entry
@@ -58,3 +60,33 @@ class ChanceWatch:
             f"{100 * entry.get('train/generator_accuracy', 0):.0f} % of the selected positions: its samples may be too "
             f"good to tell apart. What may help: {'; '.join(changes)}; if no loss falls at all, change optimizer.lr"
         )
+
+
+_SLOW = 1.5
+_SLOW_INTERVALS = 3
+
+
+class SlowWatch:
+    """Names processes that take longer than the others, logged interval after logged interval.
+
+    All wait for the slowest in every step, so what is compared is the time that a process works by itself: rows, and
+    forward passes.
+    """
+
+    def __init__(self, nodes: list[str]):
+        """``nodes``: host name of each rank."""
+        self._nodes, self._counts = nodes, [0] * len(nodes)
+
+    def observe(self, seconds: list[float]) -> None:
+        """Takes in the seconds of each rank; warns where it is the third time in a row."""
+        usual = statistics.median_low(seconds)  # of two the faster one
+        self._counts = [
+            count + 1 if own > _SLOW * usual else 0 for count, own in zip(self._counts, seconds, strict=True)
+        ]
+        slow = [rank for rank, count in enumerate(self._counts) if count and count % _SLOW_INTERVALS == 0]
+        if slow:
+            names = ", ".join(
+                f"rank {rank} on {self._nodes[rank]} ({seconds[rank] / max(usual, 1e-9):.1f} times the median)"
+                for rank in slow[:4]
+            )
+            logger.warning("slow for %d logged intervals in a row: %s; all others wait for it", _SLOW_INTERVALS, names)

@@ -1,7 +1,7 @@
 """How good both networks are on text that was never trained on, with the figures to beat."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from data_shards.loader import KeyedRows, held_out_rows
 from data_shards.rows import Rows
 from model.batch import GlobalCounts, MicroBatch
 from model.objective import Trains
-from model.statistics import Statistics
+from model.statistics import Statistics, count_ordered_pairs
 from pipeline.batches import to_micro_batch
 from pipeline.config import Config
 from pipeline.distributed import Control, Process
@@ -34,11 +34,15 @@ class HeldOut:
         self._keyed = held_out_rows(folders, config.data.sequence_length, config.train.held_out_rows, _SEED)
         self._unigram_entropy: float | None = None
 
-    def score(self, trains: Trains = "both") -> dict[str, float]:
+    def score(self, trains: Trains = "both", mark: Callable[[], None] = lambda: None) -> dict[str, float]:
         """Scores both networks, without dropout; the generator alone while it is trained alone.
 
         The masked language model's loss counts positions that hide the original alone: to copy an unmasked
         token proves nothing.
+
+        Args:
+            trains: Which network is trained now.
+            mark: Is called before each micro-batch, as often on every process.
 
         Returns:
             ``held_out/`` metrics; empty when nothing is held out. Losses and entropies in nats.
@@ -47,6 +51,7 @@ class HeldOut:
             return {}
         total, scores, labels = Statistics.zeros(), [], []
         for batch in self._micro_batches(self._keyed):
+            mark()
             sums, logits_BT, is_replaced_BT = self._engine.evaluate(batch, GlobalCounts(1, 1), trains)
             total = total + Statistics(sums.sums.cpu())
             if batch.weight and logits_BT is not None and is_replaced_BT is not None:
@@ -98,14 +103,12 @@ class HeldOut:
 
 def auc_with_standard_error(scores_N: torch.Tensor, is_positive_N: torch.Tensor) -> tuple[float, float]:
     """Area under the ROC curve and its standard error (Hanley and McNeil, 1982); NaN without both classes."""
-    from sklearn.metrics import roc_auc_score
-
-    labels = is_positive_N.numpy()
-    positives = int(labels.sum())
-    negatives = len(labels) - positives
+    positives = int(is_positive_N.sum())
+    negatives = len(is_positive_N) - positives
     if positives == 0 or negatives == 0:
         return math.nan, math.nan
-    auc = float(roc_auc_score(labels, scores_N.float().numpy()))
+    ordered, pairs = count_ordered_pairs(scores_N.float(), is_positive_N.bool(), ~is_positive_N.bool())
+    auc = float(ordered / pairs)
     q1, q2 = auc / (2 - auc), 2 * auc * auc / (1 + auc)
     variance = auc * (1 - auc) + (positives - 1) * (q1 - auc * auc) + (negatives - 1) * (q2 - auc * auc)
     return auc, math.sqrt(max(0.0, variance) / (positives * negatives))

@@ -7,10 +7,12 @@ the same run if and only if their journals agree outside the volatile fields.
 import json
 import math
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import DamagedError
+from pipeline.log import logger
 
 VOLATILE_PREFIXES = ("speed/", "memory/", "goodput/", "time/")
 
@@ -27,26 +29,35 @@ def without_volatile(entry: Entry) -> Entry:
     return {field: value for field, value in entry.items() if not is_volatile(field)}
 
 
-def read_entries(path: Path) -> list[Entry]:
-    """All whole lines; a last line that a kill cut short is left out.
+def stream_entries(path: Path) -> Iterator[Entry]:
+    """All whole lines, one by one: a long journal would not fit into memory; a last one that a kill cut short is none.
 
     Raises:
         DamagedError: A line is not JSON.
     """
     if not path.exists():
-        return []
-    entries = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True), 1):
-        if line.endswith("\n"):
+        return
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            if not line.endswith("\n"):
+                return
             try:
-                entries.append(json.loads(line))
+                yield json.loads(line)
             except ValueError as error:
                 raise DamagedError(f"{path}: line {number} is not JSON; restore the file from a copy") from error
-    return entries
+
+
+def read_entries(path: Path) -> list[Entry]:
+    """As ``stream_entries``, all at once."""
+    return list(stream_entries(path))
 
 
 class Journal:
-    """Appends entries; opened at the step from which training goes on."""
+    """Appends entries; opened at the step from which training goes on.
+
+    Lines are kept in memory until they are on disk for certain: what a full disk did not take, or took and lost, is
+    written with the next line, over what there is of it.
+    """
 
     def __init__(self, path: Path, resume_step: int):
         """Drops what lies beyond ``resume_step``: those steps will be computed again."""
@@ -58,16 +69,43 @@ class Journal:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        self._file = open(path, "a", encoding="utf-8")
+        self._path, self._file = path, os.open(path, os.O_WRONLY)
+        self._synced_bytes = os.fstat(self._file).st_size
+        self._lines, self._written_bytes = bytearray(), 0  # since then, and how much of them is in the file
+        self._fails = False
 
     def append(self, entry: Entry) -> None:
-        """Writes one line, visible to readers at once."""
-        self._file.write(_line(entry))
-        self._file.flush()
+        """Writes one line, visible to readers at once, or warns that it has to wait for room on the disk."""
+        self._lines += _line(entry).encode()
+        try:
+            self._write()
+        except OSError as error:
+            if not self._fails:
+                logger.warning("%s; the journal's lines are kept in memory and written when there is room", error)
+            self._fails = True
 
     def sync(self) -> None:
-        """Makes all lines survive a crash of the machine."""
-        os.fsync(self._file.fileno())
+        """Makes all lines survive a crash of the machine.
+
+        Raises:
+            OSError: They cannot be written; they are kept.
+        """
+        self._write(os.fsync)
+        self._synced_bytes += len(self._lines)
+        self._lines.clear()
+        self._written_bytes = 0
+
+    def _write(self, finish: Callable[[int], None] = lambda _: None) -> None:
+        try:
+            while rest := self._lines[self._written_bytes :]:
+                self._written_bytes += os.pwrite(self._file, rest, self._synced_bytes + self._written_bytes)
+            finish(self._file)
+        except OSError as error:
+            self._written_bytes = 0  # the error may be of an earlier write, as it is on network file systems
+            raise OSError(error.errno, error.strerror, str(self._path)) from None
+        if self._fails:
+            logger.info("%s: written again, all lines are there", self._path)
+        self._fails = False
 
 
 def _line(entry: Entry) -> str:

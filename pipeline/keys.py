@@ -50,14 +50,17 @@ SCIENCE: dict[str, tuple[str, ...]] = {
 
 NUMERICS: tuple[str, ...] = (
     "launch.processes", "launch.threads_per_process", "launch.device", "train.micro_batch_size",
-    "train.deterministic", "deepspeed.config", "kernels.backend",
+    "train.deterministic", "deepspeed.config", "kernels.backend", "kernels.compile_layers",
 )  # fmt: skip
 
 EXECUTION: tuple[str, ...] = (
     "run.name", "run.variant", "run.dir", "data.shards_dir", "data.local_dir", "data.num_workers",
-    "train.stop_after_seconds", "train.checkpoint_every", "train.keep_checkpoints", "train.log_every",
+    "launch.restarts", "launch.peer_timeout_seconds", "launch.hang_timeout_seconds",
+    "train.stop_after_seconds", "train.stop_before_limit_seconds", "train.checkpoint_every",
+    "train.checkpoint_seconds", "train.keep_checkpoints", "train.keep_every", "train.keep_best", "train.log_every",
     "train.held_out_rows", "train.flops", "train.held_out_every", "train.chance_intervals", "train.max_skipped_steps",
-    "evaluate.data_dir", "tracking.uri", "tracking.experiment",
+    "train.activation_checkpointing", "train.profile_steps", "train.spike_threshold", "train.spike_rollbacks",
+    "train.check_replicas_every", "evaluate.data_dir", "tracking.uri", "tracking.experiment",
 )  # fmt: skip
 
 EVALUATE_SELECTION = (

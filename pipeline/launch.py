@@ -10,21 +10,24 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Any
 
 from pipeline.config import Config
 from pipeline.distributed import LISTENER, STOP_SIGNALS
-from pipeline.errors import StoppedEarly
+from pipeline.errors import ConfigError, DamagedError, DoNotRequeueError, PeerLostError, StoppedEarly, UsageError
 from pipeline.log import logger
 
 _GRACE_S = 10.0
 _PR_SET_PDEATHSIG = 1
 
-_STOPPED = (0, StoppedEarly.exit_code, 130, *(-number for number in STOP_SIGNALS))
+_FINAL = (0, *(e.exit_code for e in (UsageError, DamagedError, ConfigError, StoppedEarly, DoNotRequeueError)))
+"""Codes after which the same processes would end the same way, or have nothing left to do."""
+
+_STOPPED = (0, StoppedEarly.exit_code, PeerLostError.exit_code, 130, *(-number for number in STOP_SIGNALS))
 """How a process ends that is told to stop. One that has not got to its handlers yet dies by the signal itself, or
-ends as click does after Ctrl-C; it had nothing to save."""
+ends as click does after Ctrl-C; it had nothing to save. One that was about to start again does not."""
 
 
 def num_processes(config: Config, stage: str) -> int:
@@ -52,13 +55,44 @@ def threads_per_process(config: Config, processes_on_machine: int) -> int:
     return max(1, cores // processes_on_machine)
 
 
-def launch(arguments: list[str], processes: int, threads: int) -> int:
+def launch(
+    arguments: list[str],
+    processes: int,
+    threads: int,
+    restarts: int = 0,
+    reached: Callable[[], Any] = lambda: None,
+) -> int:
     """Runs ``python -m pipeline ARGUMENTS`` in so many processes; returns one exit code for all.
 
     A signal to this process goes on to all of them. When one fails the others get
     ten seconds, then SIGKILL. All die with this process, however it dies.
+
+    Args:
+        arguments: Of the program.
+        processes: How many.
+        threads: Of each.
+        restarts: How often in a row they are started again when one was lost and nothing was gained since.
+        reached: What has been gained, to be compared.
     """
-    with Children() as children, socket.create_server(("127.0.0.1", 0)) as listener:
+    with Children() as children:
+        left, before = restarts, reached()
+        while True:
+            code = _launch_once(children, arguments, processes, threads)
+            now = reached()
+            left, gained, before = restarts if now != before else left, now != before, now
+            if code in _FINAL or children.told_to_stop or not (children.lost or gained):
+                return code
+            if left == 0:
+                if restarts:
+                    logger.error("not started again: %d restarts in a row have gained nothing", restarts)
+                return code
+            left -= 1
+            why = "a process was lost" if children.lost else "it failed after getting further"
+            logger.warning("%s; all are started again from what is saved (%d more in a row)", why, left)
+
+
+def _launch_once(children: "Children", arguments: list[str], processes: int, threads: int) -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
         environment = os.environ | {
             "WORLD_SIZE": str(processes),
             "LOCAL_WORLD_SIZE": str(processes),
@@ -83,10 +117,11 @@ class Children:
 
     Attributes:
         told_to_stop: Whether such a signal came.
+        lost: Whether one of those waited for last died by a signal, or ended because another was gone.
     """
 
     def __init__(self) -> None:
-        self.told_to_stop = False
+        self.told_to_stop = self.lost = False
         self._signal: int = signal.SIGTERM
         self._running: list[subprocess.Popen] = []
         self._previous: dict[int, Any] = {}
@@ -139,6 +174,8 @@ class Children:
             time.sleep(0.05)
         codes = [child.returncode for child in self._running]
         self._running = []
+        by_themselves = [code for rank, code in enumerate(codes) if rank not in killed]
+        self.lost = any(code < 0 or code == PeerLostError.exit_code for code in by_themselves)
         stopped = all(code in _STOPPED or rank in killed for rank, code in enumerate(codes))
         if self.told_to_stop and stopped and (any(codes) or not codes):
             return StoppedEarly.exit_code
@@ -147,15 +184,14 @@ class Children:
 
 def _combine(codes: list[int]) -> int:
     """The code that says most: one of ours before a death by signal, which may only be a consequence."""
-    own = [code for code in codes if code > 1]
+    own = [code for code in codes if code > 1 and code != PeerLostError.exit_code]
     killed = [rank for rank, code in enumerate(codes) if code < 0]
     if own:
         return own[0]
     if killed:
         names = ", ".join(f"rank {rank} by signal {-codes[rank]}" for rank in killed)
         logger.error("killed: %s; the same command goes on from what is saved", names)
-        return 1
-    return max(codes)
+    return min(1, max(map(abs, codes)))
 
 
 def _die_with_parent() -> None:

@@ -36,6 +36,14 @@ class _StderrHandler(logging.StreamHandler):
         del value
 
 
+class _FileHandler(logging.FileHandler):
+    """A line that a full disk does not take stands on stderr, and needs no traceback there."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
+
+
 def set_up_logging(rank: int = 0) -> None:
     """Sends lines to stderr; ranks other than 0 speak only to warn."""
     for handler in list(logger.handlers):
@@ -49,7 +57,7 @@ def set_up_logging(rank: int = 0) -> None:
 def log_to_file(path: Path, rank: int = 0) -> None:
     """Also appends the lines to ``path``."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    _add(logging.FileHandler(path, encoding="utf-8"), rank)
+    _add(_FileHandler(path, encoding="utf-8"), rank)
 
 
 def _add(handler: logging.Handler, rank: int) -> None:

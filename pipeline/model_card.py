@@ -16,7 +16,7 @@ from pipeline import checkpoint as checkpoints
 from pipeline.config import Config
 from pipeline.errors import FORESEEN
 from pipeline.journal import read_entries
-from pipeline.stages import read_record_file
+from pipeline.stages import locate_tokenized, read_record_file
 
 _TAGS = ("electra", "replaced-token-detection")
 _PAPER = "[Clark, Luong, Le and Manning, ICLR 2020](https://arxiv.org/abs/2003.10555)"
@@ -114,7 +114,8 @@ def _name_of(path: Path | None) -> str | None:
 def _corpora(run_folder: Path, config: Config) -> list[str]:
     """Each corpus: name, its dataset on the hub, documents and tokens, weight."""
     record = read_record_file(run_folder / "tokenize" / "stage.json")
-    folders = {corpus["name"]: Path(corpus["folder"]) for corpus in record.output.get("corpora", [])} if record else {}
+    tokenized = locate_tokenized(config, record.output) if record else {}
+    folders = {corpus["name"]: Path(corpus["folder"]) for corpus in tokenized.get("corpora", [])}
     lines = []
     for corpus in config.data.corpora:
         line = corpus.name + (f" (`{corpus.hub}` of the Hugging Face hub)" if _is_on_hub(corpus.hub) else "")

@@ -1,4 +1,4 @@
-"""AdamW as ELECTRA uses it, on torch's fused implementation, and the parameter groups of all optimizers."""
+"""AdamW as ELECTRA uses it, by one of the kernels, and the parameter groups of all optimizers."""
 
 import re
 from collections.abc import Iterable, Iterator
@@ -8,13 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.config import Config, LayerDecayDepth
+from model.kernels.adamw import AdamW, AdamWRule, torch_adamw
+from pipeline.config import Config
+from pipeline.config_train import LayerDecayDepth
 
 _NO_DECAY = ("layer_norm", "bias")
 _LAYER = re.compile(r"^(\w+)\.layers\.(\d+)\.")
-
-# Without bias correction torch's formula is used at a step count where 1 - beta^step is 1 exactly.
-_STEP_WITHOUT_CORRECTION = 1e9
 
 
 class WithMoments:
@@ -31,9 +30,8 @@ class WithMoments:
         """Creates the moments of ``parameters`` that do not exist yet, as zeros."""
         for parameter in parameters:
             if not self.state[parameter]:
-                step = 0.0 if self.bias_correction else _STEP_WITHOUT_CORRECTION
                 self.state[parameter] = {
-                    "step": torch.tensor(step, dtype=torch.float32, device=parameter.device),
+                    "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
                     "exp_avg": torch.zeros_like(parameter, requires_grad=False),
                     "exp_avg_sq": torch.zeros_like(parameter, requires_grad=False),
                 }
@@ -57,12 +55,8 @@ class WithMoments:
                 group["params"] = parameters
 
 
-class ElectraAdamW(WithMoments, torch.optim.AdamW):
-    """torch's AdamW with the bias correction as a switch.
-
-    The released optimizer has none: update = m / (sqrt(v) + eps) + decay * weight
-    (google-research/electra, ``model/optimization.py``).
-    """
+class ElectraAdamW(WithMoments, torch.optim.Optimizer):
+    """AdamW with the bias correction as a switch; see ``model.kernels.adamw`` for the formula and the kernels."""
 
     def __init__(
         self,
@@ -71,16 +65,26 @@ class ElectraAdamW(WithMoments, torch.optim.AdamW):
         eps: float,
         weight_decay: float,
         bias_correction: bool,
+        kernel: AdamW = torch_adamw,
     ):
         self.bias_correction = bias_correction
-        super().__init__(groups, lr=0.0, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)
+        self._kernel = kernel
+        super().__init__(groups, {"lr": 0.0, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
-    def step(self, closure: Any = None) -> Any:
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
         """One update of every parameter that has a gradient and is not frozen."""
+        assert closure is None
         with self.frozen_left_out():
             for group in self.param_groups:
                 self.create_state(group["params"])
-            return super().step(closure)
+                updated = [(p, p.grad, self.state[p]) for p in group["params"] if p.grad is not None]
+                if not updated:
+                    continue
+                weights, gradients, states = (list(column) for column in zip(*updated, strict=True))
+                means, squares, steps = ([state[key] for state in states] for key in ("exp_avg", "exp_avg_sq", "step"))
+                rule = AdamWRule(group["lr"], group["betas"], group["eps"], group["weight_decay"], self.bias_correction)
+                self._kernel(weights, gradients, means, squares, steps, rule, None, None)
 
 
 def parameter_groups(model: nn.Module, config: Config) -> list[dict[str, Any]]:

@@ -125,8 +125,21 @@ def make_plan(
         flops_total=flops_total,
         flops_paper_total=paper.at(steps),
         checkpoint_bytes=checkpoint_bytes,
-        disk_bytes=checkpoint_bytes * (config.train.keep_checkpoints + 1),
+        disk_bytes=checkpoint_bytes * _most_checkpoints(config, steps),
         token_bytes=2 if vocab_size < 65536 else 4,
+    )
+
+
+def _most_checkpoints(config: Config, steps: int) -> int:
+    """Those that are kept, and one being written."""
+    train = config.train
+    before_a_spike = 2 if train.spike_rollbacks else 0
+    return (
+        train.keep_checkpoints
+        + train.keep_best
+        + before_a_spike
+        + (steps // train.keep_every if train.keep_every else 0)
+        + 1
     )
 
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from data_shards.corpus import corpus_files
+from pipeline.attempts import refuse_to_start
 from pipeline.batches import open_rows
 from pipeline.chain import decide
 from pipeline.config import Config
@@ -25,6 +26,8 @@ def check_stage(config: Config, stage: str) -> None:
         ConfigError: A stage before that is not done, changed science, a wrong setting, no GPU.
         DataSettingError: No text, too little of it, no tokenizer.
         DamagedDataError: A shard that is not as long as its manifest says.
+        StoppedByFile: A file STOP in the run's folder.
+        DoNotRequeueError: Requeues of this Slurm job get nowhere.
     """
     build_deepspeed_config(config, make_plan(config, world_size=1))
     if stage == "tokenize":  # reads no text: hashing it takes as long as it takes
@@ -48,6 +51,8 @@ def check_stage(config: Config, stage: str) -> None:
         make_plan(config, world_size=1, vocab_size=output["vocab_size"])
         folders, weights = shard_folders(config, output, local=False)  # copies are a matter of the nodes
         open_rows(config, folders, weights)
+        if decision.action != "reuse" and config.run.variant is None:  # a variant may wait for the ones before
+            refuse_to_start(config)
 
 
 def _check_tasks(config: Config) -> None:

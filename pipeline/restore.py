@@ -12,6 +12,7 @@ from pipeline.errors import ConfigError
 from pipeline.initial_weights import initial_weights
 from pipeline.journal import Journal, read_entries
 from pipeline.log import logger
+from pipeline.spikes import inherit_skips
 from pipeline.stages import read_record, read_record_file, stage_folder
 from pipeline.training import TrainingState
 
@@ -20,8 +21,6 @@ def restore(config: Config, folder: Path, engine: Engine, control: Control, voca
     """The newest intact checkpoint's state; else the one forked from; else a fresh one."""
     folder = folder / "checkpoints"
     # Rank 0 verifies and moves aside what is damaged; the others read what it found.
-    if control.is_first:
-        checkpoints.remove_unfinished(folder)
     step = control.broadcast(_step_of(checkpoints.load_newest(folder)) if control.is_first else None)
     if step is not None:
         found = checkpoints.load(folder, step, verify=False)
@@ -41,6 +40,7 @@ def restore(config: Config, folder: Path, engine: Engine, control: Control, voca
         return moments(f"{kind}/{name}") if kind in MOMENTS else weights(name)
 
     engine.load_full_state(read, state.applied_steps)
+    engine.loss_scale = state.loss_scale
     logger.info("restored step %d from %s", state.step, found.folder)
     return state
 
@@ -76,6 +76,7 @@ def _parent_checkpoint(config: Config, is_first: bool) -> checkpoints.Checkpoint
             if entry["step"] <= found.step:
                 journal.append(entry)
         journal.sync()
+        inherit_skips(stage_folder(config, "pretrain"), parent, found.step)
     return found
 
 

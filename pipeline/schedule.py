@@ -6,7 +6,7 @@ linearly from 0 to the peak, and then decay from the peak to the final rate.
 
 import math
 
-from pipeline.config import OptimizerConfig
+from pipeline.config_train import OptimizerConfig
 
 
 def learning_rate(config: OptimizerConfig, applied_steps: int, total_steps: int) -> float:

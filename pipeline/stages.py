@@ -22,9 +22,14 @@ from data_shards.checks import check_key, check_same_tokenizer, check_sizes
 from data_shards.keys import content_key
 from data_shards.staging import why_not_staged
 from data_shards.store import read_manifest, write_json
+from data_shards.temporaries import publish_bytes
 from pipeline.config import Config, flatten
+from pipeline.config_file import dump_yaml, load_config
 from pipeline.errors import ConfigError, DamagedError
+from pipeline.goodput import read_attempts
+from pipeline.keys import science_of
 from pipeline.log import logger
+from pipeline.sign_of_life import describe_owner, find_other, is_at_work, sign_of_life
 
 STAGES = ("tokenize", "pretrain", "evaluate")
 State = Literal["running", "done", "stopped", "failed"]
@@ -67,9 +72,52 @@ def stage_folder(config: Config, stage: str) -> Path:
     return config.run_folder / stage
 
 
+def load_run(run_folder: Path) -> Config:
+    """The config that a run's folder holds; the folder may have moved since it was written."""
+    run_dir = Path(os.path.abspath(run_folder)).parent.parent
+    return load_config(run_folder / "config.yaml", (f"run.dir={json.dumps(str(run_dir))}",))
+
+
+def write_config(config: Config, stage: str) -> None:
+    """Publishes a run's config.yaml before one of its stages starts, without contradicting what was trained.
+
+    The later stages refuse other settings than pretrain has recorded; tokenize reads none of them, so a run that has
+    been trained keeps its file when shards are made again under others.
+    """
+    record = read_record(config, "pretrain") if stage == "tokenize" else None
+    if record:
+        changed = differences({"science": record.inputs["science"]}, {"science": science_of(config, "pretrain")})
+        if changed:
+            logger.warning("config.yaml stays: pretrain was started with other settings: %s", "; ".join(changed))
+            return
+    config.run_folder.mkdir(parents=True, exist_ok=True)
+    publish_bytes(config.run_folder / "config.yaml", dump_yaml(config).encode())
+
+
 def read_record(config: Config, stage: str) -> StageRecord | None:
-    """The stage's record, None when it was never started."""
-    return read_record_file(stage_folder(config, stage) / "stage.json")
+    """The stage's record, None when it was never started; what tokenize made is named where it is now."""
+    record = read_record_file(stage_folder(config, stage) / "stage.json")
+    if record and stage == "tokenize":
+        record.output = locate_tokenized(config, record.output)
+    return record
+
+
+def locate_tokenized(config: Config, output: dict[str, Any]) -> dict[str, Any]:
+    """Output of a tokenize stage with the folders' paths here, if those in it are gone: the run may have moved.
+
+    A folder's name has the key of its content, so one of that name in its place is the same.
+    """
+    found = dict(output)
+    if "tokenizer" in output:
+        found["tokenizer"] = _locate(output["tokenizer"], config.run.dir / "tokenizers")
+    if "corpora" in output:
+        found["corpora"] = [about | {"folder": _locate(about["folder"], config.shards_dir)}
+                            for about in output["corpora"]]  # fmt: skip
+    return found
+
+
+def _locate(recorded: str, parent: Path) -> str:
+    return recorded if os.path.exists(recorded) else str(parent / Path(recorded).name)
 
 
 def read_record_file(path: Path) -> StageRecord | None:
@@ -91,9 +139,12 @@ def read_record_file(path: Path) -> StageRecord | None:
 
 def write_record(config: Config, record: StageRecord) -> None:
     """Publishes a stage's record."""
-    folder = stage_folder(config, record.stage)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "stage.json", asdict(record) | {"fingerprint": record.fingerprint})
+    path = stage_folder(config, record.stage) / "stage.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        write_json(path, asdict(record) | {"fingerprint": record.fingerprint})
+    except OSError as error:  # of a full disk, which names no file
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def start_record(config: Config, stage: str, inputs: dict[str, Any], environment: dict[str, Any]) -> StageRecord:
@@ -108,9 +159,18 @@ def start_record(config: Config, stage: str, inputs: dict[str, Any], environment
 
 
 def end_record(config: Config, record: StageRecord, state: State) -> None:
-    """Marks a stage as done, stopped or failed."""
+    """Marks a stage as done, stopped or failed.
+
+    Raises:
+        OSError: It is done, and that cannot be written. After another end there is one error already, which decides.
+    """
     record.state, record.ended_unix_s = state, time.time()
-    write_record(config, record)
+    try:
+        write_record(config, record)
+    except OSError as error:
+        if state == "done":
+            raise
+        logger.warning("%s; the stage will seem to have been killed", error)
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
@@ -163,13 +223,17 @@ def run_identity(config: Config) -> str:
     if not path.exists():
         config.run_folder.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".run_id.{os.getpid()}.tmp")
-        temporary.write_text(uuid.uuid4().hex + "\n", encoding="utf-8")
-        try:
-            os.link(temporary, path)  # fails if another process was first
-        except FileExistsError:
-            pass
-        finally:
-            temporary.unlink()
+        identity = uuid.uuid4().hex + "\n"
+        temporary.write_text(identity, encoding="utf-8")
+        with suppress(FileExistsError):  # another process was first
+            try:
+                os.link(temporary, path)
+            except FileExistsError:
+                raise
+            except OSError:  # no hard links on this file system
+                with open(path, "x", encoding="utf-8") as file:
+                    file.write(identity)
+        temporary.unlink()
     return path.read_text(encoding="utf-8").strip()
 
 
@@ -216,6 +280,8 @@ def shard_folders(
 def run_lock(config: Config, shared: bool = False) -> Iterator[None]:
     """Keeps other processes out of a run's folder; released however this process ends.
 
+    By a file lock; where that ends at the node, or does not exist, by a sign of life.
+
     Args:
         config: The run.
         shared: Whether others that share it may come in, as the elements of an array that tokenizes do.
@@ -234,7 +300,15 @@ def run_lock(config: Config, shared: bool = False) -> Iterator[None]:
             ) from None
         except OSError as error:
             logger.warning("%s: no file locks on this file system (%s); start a run only once", file.name, error)
-        yield
+        with sign_of_life(config.run_folder, shared):
+            if other := find_other(config.run_folder, shared):
+                step = max((attempt.step for attempt in read_attempts(stage_folder(config, "pretrain"))), default=0)
+                raise ConfigError(
+                    f"run {config.run.name!r} is in use by {describe_owner(other)}, which is seen at work, at step "
+                    f"{step:,} of pretrain, although no file lock shows it from here ({other}); wait for it or end it, "
+                    "or give this run another run.name"
+                )
+            yield
 
 
 def _lock(file: TextIO, kind: int) -> None:
@@ -247,16 +321,29 @@ def _lock(file: TextIO, kind: int) -> None:
     fcntl.flock(file, kind | fcntl.LOCK_NB)
 
 
-def is_running(config: Config) -> bool:
-    """Whether a process has the run's lock."""
-    path = config.run_folder / ".lock"
-    if not path.exists():
+def is_running(run_folder: Path) -> bool:
+    """Whether a process works in a run's folder, on any node; it may be somebody else's folder.
+
+    Where file locks end at the node or are absent, they decide nothing: then by a sign of life.
+    """
+    return _is_locked(run_folder / ".lock") or is_at_work(run_folder)
+
+
+def _is_locked(path: Path) -> bool:
+    """Whether a process has the lock, as far as can be told from here."""
+    try:
+        file = open(path, "r+" if os.access(path, os.W_OK) else "r")
+    except OSError:  # never started, or not ours to read
         return False
-    with open(path, "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            return True
+    with file:
+        for kind in (fcntl.LOCK_EX, fcntl.LOCK_SH):  # NFS gives only the latter to a file that is open for reading
+            try:
+                fcntl.flock(file, kind | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+            except OSError:
+                continue
+            return False
     return False
 
 

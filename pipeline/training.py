@@ -1,8 +1,11 @@
 """A training in progress: its counters, its journal entries, its checkpoints."""
 
+import socket
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple, get_args
 
 import torch
 
@@ -11,13 +14,20 @@ from pipeline import checkpoint as checkpoints
 from pipeline.config import Config
 from pipeline.devices import peak_memory_gib
 from pipeline.distributed import Control, Process
-from pipeline.engine import Engine, StepResult
-from pipeline.errors import DoNotRequeueError
-from pipeline.health import ChanceWatch
+from pipeline.engine import MOMENTS, Engine, StepResult
+from pipeline.errors import DoNotRequeueError, StartAgainError
+from pipeline.faults import Faults, Kind, Phase
+from pipeline.goodput import Class, Ledger
+from pipeline.health import ChanceWatch, SlowWatch
 from pipeline.journal import Entry, Journal, read_entries
 from pipeline.log import logger
 from pipeline.plan import Plan
 from pipeline.progress import Progress
+from pipeline.replicas import deviating, digest_of
+from pipeline.snapshot import BackgroundWriter, Snapshot
+from pipeline.spikes import SpikeWatch, go_back, saved_by
+from pipeline.two_stage import stage_at
+from pipeline.watch import Watch
 
 
 def _no_sums() -> list[float]:
@@ -34,6 +44,8 @@ class TrainingState:
         bad_steps: Those of them with NaN or inf, fp16's search for its loss scale not counted.
         trained_s: Seconds spent in steps, over all attempts.
         open_sums: Statistics since the last journal entry.
+        score: Held-out loss at this very step, where it was taken.
+        loss_scale: State of fp16's loss scale.
     """
 
     step: int = 0
@@ -41,6 +53,8 @@ class TrainingState:
     bad_steps: int = 0
     trained_s: float = 0.0
     open_sums: list[float] = field(default_factory=_no_sums)
+    score: float | None = None
+    loss_scale: dict[str, float] | None = None
 
     @property
     def applied_steps(self) -> int:
@@ -48,22 +62,79 @@ class TrainingState:
         return self.step - self.skipped_steps
 
 
+_CLASS: dict[Phase, Class] = {
+    "start": "startup", "data": "data", "exchange": "overhead", "step": "productive", "log": "overhead",
+    "held_out": "evaluation", "save": "checkpoint", "stop": "drain",
+}  # fmt: skip
+
+
+class Guards(NamedTuple):
+    """What looks after a training: faults on purpose, heartbeats, the account of its seconds."""
+
+    faults: Faults
+    watch: Watch
+    ledger: Ledger
+
+
 class Training:
     """What a run has done so far, and how it is written down."""
 
     def __init__(
         self, config: Config, plan: Plan, engine: Engine, control: Control, process: Process, state: TrainingState,
-        folder: Path, device: str, peak_flops: float,
+        folder: Path, device: str, peak_flops: float, guards: Guards,
     ):  # fmt: skip
         self.config, self.plan, self.engine, self.control = config, plan, engine, control
         self.process, self.state, self.folder, self.device = process, state, folder, device
         self.journal = Journal(folder / "journal.jsonl", state.step) if process.rank == 0 else None
         self.progress = Progress(plan.steps, state.step, process.rank)
-        self._watch = ChanceWatch(config, read_entries(folder / "journal.jsonl") if self.journal else [])
+        entries = read_entries(folder / "journal.jsonl") if self.journal else []
+        self._chance, self._spikes = ChanceWatch(config, entries), SpikeWatch(config.train, entries)
+        self._slow = SlowWatch(control.gather(socket.gethostname()))
+        self.spike = ""  # what the last line of the journal showed; rank 0 alone knows
         self._peak_flops = peak_flops
         self.saved_step = state.step  # restored from there; at step 0 there is nothing to lose
+        self.faults, self.watch, self.ledger = guards
+        self._saved_at, self.is_overdue = time.monotonic(), False
+        self._writer, self._snapshot = BackgroundWriter(), None
+        self._failed_writes = 0
         self._pending: list[torch.Tensor] = []
         self._logged_step, self._logged_s = state.step, state.trained_s
+        self._phase: Phase = "start"
+        self.step = state.step + 1  # the one that is being made, or has just been
+        self._phase_began = time.monotonic()
+        self._spent_s: dict[Phase, float] = dict.fromkeys(get_args(Phase), 0.0)  # since the last journal entry
+
+    def enter(self, phase: Phase, step: int) -> set[Kind]:
+        """From here on time belongs to another part of a step; all ranks enter the same ones in the same order.
+
+        Args:
+            phase: Which part.
+            step: The one that is being made, or that has just been made.
+
+        Returns:
+            Faults on purpose that whoever enters has to commit.
+        """
+        now = time.monotonic()
+        self._spent_s[self._phase] += now - self._phase_began
+        self._phase, self._phase_began, self.step = phase, now, step
+        if phase in ("step", "data", "exchange"):
+            self.ledger.enter_step(_CLASS[phase], step)
+        else:
+            self.ledger.enter(_CLASS[phase])
+        self.watch.mark(phase, step)
+        return self.faults.strike(phase, step)
+
+    def begin(self) -> None:
+        """The first step follows."""
+        self.ledger.reached(self.state.step, is_first=True)
+        logger.info("start-up took %.1f s; training from step %d", self.ledger.startup_s, self.state.step)
+        self.enter("start", self.state.step + 1)
+
+    def close(self) -> None:
+        """Waits for a write that goes on, whatever has ended the training."""
+        self._writer.wait()
+        self.progress.close()
+        self.ledger.write()
 
     @property
     def is_logged(self) -> bool:
@@ -73,13 +144,18 @@ class Training:
     def account(self, result: StepResult, seconds: float) -> None:
         """Takes in a step's sums; they stay on the device until somebody needs them."""
         self.state.trained_s += seconds
+        self.state.score = None
+        self.progress.advance()
+        self.ledger.reached(self.state.step)
         if result.applied:
             self._pending.append(result.statistics.sums)
             return
         self.state.skipped_steps += 1
-        if not result.scaled_down:  # else it was the search for fp16's loss scale
-            self.state.bad_steps += 1
-            self._check_bad_steps()
+        if result.scaled_down:
+            logger.info("step %d: too large for fp16; the update is skipped, the loss scale lowered", self.state.step)
+            return
+        self.state.bad_steps += 1
+        self._check_bad_steps()
 
     def _check_bad_steps(self) -> None:
         """A step had NaN or inf: nothing was changed by it. Too many of them end the run."""
@@ -88,16 +164,19 @@ class Training:
             self.state.step, self.state.bad_steps,
         )  # fmt: skip
         if self.state.bad_steps > self.config.train.max_skipped_steps:
+            self.settle(allowed_failures=1)
             raise DoNotRequeueError(
                 f"{self.state.bad_steps} steps with NaN or inf, more than "
-                f"train.max_skipped_steps={self.config.train.max_skipped_steps}; checkpoints are written after good "
-                "steps only. Lower optimizer.lr and fork the run from a good one "
+                f"train.max_skipped_steps={self.config.train.max_skipped_steps}; none of them has changed the "
+                "weights. Lower optimizer.lr and fork the run from a good one "
                 f"(run.name=NEW run.fork_from={self.config.run.name}@STEP)"
             )
 
     def log(self, result: StepResult, lr: float, held_out: dict[str, float]) -> None:
         """Writes the means since the last entry to the journal and shows them."""
         self._fold()
+        trains = stage_at(self.config, max(0, self.state.applied_steps - 1)).trains
+        self.state.score = held_out.get("held_out/total_loss") if trains != "generator" else None
         state, plan, objective = self.state, self.plan, self.config.objective
         sums = Statistics(torch.tensor(state.open_sums, dtype=torch.float64))
         steps, seconds = state.step - self._logged_step, state.trained_s - self._logged_s
@@ -121,38 +200,131 @@ class Training:
             "speed/tokens_per_s_per_device": tokens_per_s / plan.world_size,
             "speed/mfu_pct": 100 * flops_per_s / (self._peak_flops * plan.world_size),
             "memory/peak_gib": peak_memory_gib(self.device),
+            "time/data_s": self._spent_s["data"] / steps,
+            "time/overhead_s": (self._spent_s["exchange"] + self._spent_s["log"]) / steps,
+            "time/checkpoint_s": self._spent_s["save"] / steps,
+            "goodput/productive_pct": self.ledger.productive_pct,
             "time/unix_s": time.time(),
         }
         if self.journal:
             self.journal.append(entry)
             self.progress.report(entry, (plan.steps - state.step) * seconds / steps)
-            self._watch.observe(entry)
+            self._chance.observe(entry)
+            if spike := self._spikes.observe(entry):
+                self.spike = spike
+                logger.warning("%s", spike)
+        self._slow.observe(self.control.gather((self.engine.busy_s() + self._spent_s["data"]) / steps))
         state.open_sums = _no_sums()
+        self._spent_s = dict.fromkeys(self._spent_s, 0.0)
         self._logged_step, self._logged_s = state.step, state.trained_s
 
     def save(self) -> None:
-        """Writes a checkpoint of this very step, unless it is on disk."""
-        self._fold()
+        """Copies the state of this very step, unless it is saved already, and begins to write it as a checkpoint.
+
+        Raises:
+            OSError: The last two could not be written.
+        """
         if self.state.step == self.saved_step:
             return
-        began = time.monotonic()
-        folder = self.folder / "checkpoints"
+        self._fold()
+        self.enter("save", self.state.step)
+        self.compare_replicas()
+        self.settle(allowed_failures=1)
+        self.state.loss_scale = self.engine.loss_scale
         tensors = self.engine.full_state()
-        failure = None
-        if self.process.rank == 0:
-            assert self.journal
-            self.journal.sync()
-            try:
-                checkpoints.save(folder, vars(self.state), tensors, self.config.train.keep_checkpoints)
-            except OSError as error:
-                failure = f"checkpoint of step {self.state.step}: {error}"
-        for _ in tensors:  # the other ranks' part in reading; and rank 0's, if writing broke off
+        if self.journal:
+            unwritten = self._sync(self.journal)
+            self._snapshot = self._snapshot or Snapshot(self.engine.shapes(), MOMENTS, self.device)
+            self._snapshot.take(tensors)
+            self._writer.begin(partial(self._write, self._snapshot, vars(self.state).copy(), unwritten))
+        for _ in tensors:  # the other ranks' part in reading
             pass
-        failure = self.control.broadcast(failure)
-        if failure:
-            raise OSError(f"{failure}; earlier checkpoints are intact")
-        self.saved_step = self.state.step
-        logger.info("checkpoint of step %d saved in %.1f s", self.state.step, time.monotonic() - began)
+        self.saved_step, self._saved_at, self.is_overdue = self.state.step, time.monotonic(), False
+
+    @staticmethod
+    def _sync(journal: Journal) -> OSError | None:
+        try:
+            journal.sync()
+        except OSError as error:
+            return error
+        return None
+
+    def _write(self, snapshot: Snapshot, state: dict[str, Any], unwritten: OSError | None) -> None:
+        """In the writer's thread, while training goes on; no checkpoint is ahead of its journal."""
+        train, began, step = self.config.train, time.monotonic(), state["step"]
+        before = train.log_every if train.spike_rollbacks else None
+        retention = checkpoints.Retention(train.keep_checkpoints, train.keep_every, train.keep_best, before)
+        try:
+            if unwritten:
+                raise unwritten
+            folder = self.folder / "checkpoints"
+            checkpoints.save(folder, state, snapshot, retention, lambda phase: self.faults.strike(phase, step))
+        except OSError as error:
+            logger.warning("checkpoint of step %d: %s; earlier checkpoints are intact", step, error)
+            raise
+        logger.info("checkpoint of step %d written in %.1f s", step, time.monotonic() - began)
+
+    def roll_back(self) -> None:
+        """Goes back before a spike and leaves out the rows since; all processes call it.
+
+        Returns where this run has no checkpoint from before the spike: training goes on.
+
+        Raises:
+            StartAgainError: Done.
+            DoNotRequeueError: It was done ``train.spike_rollbacks`` times before.
+        """
+        self.settle(allowed_failures=1)
+        problem, self.spike = "", ""
+        is_possible, before = True, self.state.step - self.config.train.log_every
+        if self.process.rank == 0:
+            is_possible = bool(saved_by(self.folder, before))
+            if is_possible:
+                problem = go_back(self.folder, self.state.step, before, self.config.train.spike_rollbacks)
+        problem, is_possible = self.control.broadcast((problem, is_possible))
+        if problem:
+            raise DoNotRequeueError(problem)
+        if not is_possible:
+            logger.warning("no checkpoint of this run is from before the spike: training goes on")
+            return
+        raise StartAgainError("rows after a loss spike are left out from now on; training goes on from before it")
+
+    def compare_replicas(self) -> None:
+        """Compares the weights of all processes, where all hold the same ones.
+
+        Raises:
+            StartAgainError: They differ; names the processes that deviate.
+        """
+        every = self.config.train.check_replicas_every
+        if every is None or self.engine.stage == 3 or self.control.world_size == 1:
+            return
+        found = self.control.gather((digest_of(self.engine.model.parameters()), socket.gethostname()))
+        ranks = deviating([digest for digest, _ in found])
+        if ranks:
+            self.settle(allowed_failures=1)
+            names = ", ".join(f"rank {rank} on {found[rank][1]}" for rank in ranks)
+            raise StartAgainError(
+                f"after step {self.state.step:,} the weights of {names} differ from the others': silent corruption; "
+                "nothing of it is saved, and training goes on from the last checkpoint. Have the node tested"
+            )
+
+    def settle(self, allowed_failures: int = 0) -> None:
+        """Waits until the checkpoint that was begun last is written; all processes call it.
+
+        Raises:
+            OSError: That failed, and so did ``allowed_failures`` before it.
+        """
+        error = self.control.broadcast(self._writer.wait())
+        self._failed_writes = self._failed_writes + 1 if error else 0
+        if self._failed_writes > allowed_failures:
+            raise OSError(
+                f"a checkpoint could not be written ({error}); earlier ones are intact: mend the disk and start again"
+            )
+
+    @property
+    def is_save_due(self) -> bool:
+        """Whether the last checkpoint is older than ``train.checkpoint_seconds``, by this process's clock."""
+        limit = self.config.train.checkpoint_seconds
+        return limit is not None and time.monotonic() - self._saved_at > limit
 
     def _fold(self) -> None:
         """Adds the pending sums of all processes to the open ones, step by step in one fixed order."""

@@ -41,14 +41,14 @@ export ELECTRA_REPO=$repo
 
 jobs=()
 submit() { # submit "SBATCH FLAGS" SCRIPT ARGUMENTS: one more job, to start when the one before has succeeded
-  local flags answer
+  local flags answer left="nothing was left in the queue"
   read -ra flags <<<"$1"
   if ((${#jobs[@]})); then
     flags+=("--dependency=afterok:${jobs[-1]}" --kill-on-invalid-dep=yes)
   fi
   if ! answer=$(sbatch --parsable "${flags[@]}" "${@:2}"); then
-    if ((${#jobs[@]})); then scancel "${jobs[@]}"; fi
-    echo "sbatch refused $2; nothing was left in the queue" >&2
+    if ((${#jobs[@]})) && ! scancel "${jobs[@]}"; then left="${jobs[*]} could not be cancelled"; fi
+    echo "sbatch refused $2; $left" >&2
     exit 1
   fi
   jobs+=("${answer%%;*}") # "id" or "id;cluster"

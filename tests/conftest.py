@@ -6,10 +6,20 @@ import random
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
+import torch
+
+from tests.forking import ForkedProgram
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined, whichever test imports it first
+
+_LIMIT_S = 300.0
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -66,9 +76,9 @@ def config_path(tmp_path: Path, corpus_path: Path) -> Path:
     return path
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def shared_config(tmp_path_factory: pytest.TempPathFactory, corpus_path: Path) -> Path:
-    """A config whose tokenize stage is done under several run names; tests choose names of their own."""
+    """A config whose tokenize stage is done once for the tests of a file, which choose run names of their own."""
     folder = tmp_path_factory.mktemp("shared")
     path = folder / "tiny.yaml"
     path.write_text(TINY.format(run_dir=folder / "out", corpus=corpus_path), encoding="utf-8")
@@ -81,7 +91,7 @@ def command(*arguments: object) -> list[str]:
 
 def clean_environment(**more: str) -> dict[str, str]:
     """This process's environment without what Slurm, torchrun or MLflow may have left in it."""
-    dropped = ("SLURM_", "RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "MLFLOW_", "ELECTRA_LAUNCHED")
+    dropped = ("SLURM_", "RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "MLFLOW_", "ELECTRA_LAUNCHED", "TRITON_")
     kept = {key: value for key, value in os.environ.items() if not key.startswith(dropped)}
     return kept | {"PYTHONPATH": str(REPOSITORY)} | more
 
@@ -90,26 +100,37 @@ Electra = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture(scope="session")
-def electra() -> Electra:
-    """Runs the real command line; ``code`` is the exit code that is expected."""
+def electra(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Electra]:
+    """Runs the real command line; ``code`` is the exit code that is expected.
+
+    It is a fork of a process that has imported everything; with variables given, which an import may read, it is a
+    start anew.
+    """
+    forked, outputs = ForkedProgram(), tmp_path_factory.mktemp("said")
 
     def run(*arguments: object, code: int = 0, **environment: str) -> subprocess.CompletedProcess[str]:
-        done = subprocess.run(
-            command(*arguments), env=clean_environment(**environment), capture_output=True, text=True, timeout=300
-        )
+        given, own = command(*arguments), clean_environment(**environment)
+        if environment:
+            done = subprocess.run(given, env=own, capture_output=True, text=True, timeout=_LIMIT_S)
+        else:
+            said = forked.run(given[3:], own, outputs / uuid.uuid4().hex, _LIMIT_S)
+            done = subprocess.CompletedProcess(given, *said)
         assert done.returncode == code, f"exit code {done.returncode}, not {code}\n{done.stdout}\n{done.stderr}"
         if code:
             assert "Traceback" not in done.stderr, done.stderr
         return done
 
-    return run
+    yield run
+    forked.close()
 
 
 def free_port() -> int:
-    """A TCP port that is free now on this host."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+    """A TCP port that is free now on this host, and below those of which the system gives one to whoever asks."""
+    while True:
+        port = random.SystemRandom().randrange(4096, 10000)
+        with suppress(OSError), socket.socket() as listener:
+            listener.bind(("127.0.0.1", port))
+            return port
 
 
 def read_journal(run_dir: Path, name: str) -> list[dict]:

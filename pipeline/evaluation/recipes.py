@@ -9,7 +9,8 @@ from itertools import product
 from typing import Any, Literal
 
 from model.config import ModelConfig
-from pipeline.config import EvaluateConfig, FineTuning, LayerDecayDepth
+from pipeline.config import EvaluateConfig, FineTuning
+from pipeline.config_train import LayerDecayDepth
 from pipeline.errors import ConfigError
 from pipeline.evaluation.task_file import TaskConfig
 

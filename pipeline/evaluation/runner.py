@@ -12,8 +12,8 @@ from torch import nn
 from data_shards.store import write_json
 from data_shards.temporaries import publish_bytes
 from model.finetuning import FineTunedElectra
-from model.kernels.select import select_kernels
 from pipeline.config import Config
+from pipeline.devices import choose_kernels
 from pipeline.evaluation.features import Feature
 from pipeline.evaluation.finetune import FineTuning, predict
 from pipeline.evaluation.partial import PartialState, write_tensors
@@ -49,8 +49,7 @@ class Runner:
     """Does units one after the other on a device."""
 
     def __init__(self, config: Config, device: str):
-        self._device = device
-        self._kernels = select_kernels(config.kernels.backend)
+        self._config, self._device = config, device
         self._prepared: Prepared | None = None
         self._pretrained: Pretrained | None = None
 
@@ -104,7 +103,8 @@ class Runner:
         dropout = {"dropout": unit.recipe.dropout, "attention_dropout": unit.recipe.dropout}
         config = unit.pretrained.model.model_copy(update=dropout)
         head = processor.head(config)
-        model = FineTunedElectra(config, unit.pretrained.vocab_size, self._kernels, head)
+        kernels = choose_kernels(self._config.model_copy(update={"model": config}), self._device)
+        model = FineTunedElectra(config, unit.pretrained.vocab_size, kernels, head)
         if unit.needs:
             model.load_state_dict(load_file(unit.needs.weights_path) | _of_head(model))
         else:

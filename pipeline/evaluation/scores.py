@@ -2,19 +2,19 @@
 
 What a span is follows ``conlleval``, the script of the CoNLL shared tasks (Tjong Kim Sang and Buchholz, 2000): a
 model's tags need not be well-formed, and every sequence of them has spans all the same.
+
+The libraries are imported where they are used: together they take longer than the rest of an evaluation's start.
 """
 
 import functools
 import math
+import operator
 import statistics
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from scipy import stats
-from seqeval.metrics import f1_score as seqeval_f1
-from seqeval.metrics.sequence_labeling import get_entities
-from sklearn import metrics
+from scipy.special import stdtrit
 
 from pipeline.log import logger
 
@@ -44,12 +44,16 @@ def score(metric: str, labels: Sequence[Any], predictions: Sequence[Any], positi
         raise ValueError(f"{len(labels)} labels, {len(predictions)} predictions")
     if metric == "accuracy":
         gold, found = _words(labels, predictions)
-        return float(metrics.accuracy_score(gold, found))
+        return statistics.fmean(map(operator.eq, gold, found)) if gold else math.nan
     if metric == "f1":
+        from sklearn.metrics import f1_score
+
         name = max(map(str, labels)) if positive is None else positive
         gold, found = ([str(value) == name for value in values] for values in (labels, predictions))
-        return float(metrics.f1_score(gold, found, zero_division=0))  # pyright: ignore[reportArgumentType]
+        return float(f1_score(gold, found, zero_division=0))  # pyright: ignore[reportArgumentType]
     if metric == "span_f1":
+        from seqeval.metrics import f1_score as seqeval_f1
+
         tags = [list(map(list, sentences)) for sentences in (labels, predictions)]
         return float(seqeval_f1(*tags, zero_division=0))  # pyright: ignore[reportArgumentType]
     if metric in ("matthews", "pearson", "spearman"):
@@ -69,8 +73,12 @@ def _correlation(metric: str, labels: Sequence[Any], predictions: Sequence[Any])
     value = math.nan
     if len(set(labels)) > 1 and len(set(predictions)) > 1:
         if metric == "matthews":
-            value = float(metrics.matthews_corrcoef(list(labels), list(predictions)))
+            from sklearn.metrics import matthews_corrcoef
+
+            value = float(matthews_corrcoef(list(labels), list(predictions)))
         else:
+            from scipy import stats
+
             correlation = {"pearson": stats.pearsonr, "spearman": stats.spearmanr}[metric]
             value = float(correlation(np.asarray(labels, float), np.asarray(predictions, float)).statistic)
     if math.isnan(value):
@@ -94,7 +102,7 @@ def summarize(values: Sequence[float]) -> dict[str, Any]:
     mean, std, interval = statistics.fmean(values), None, None
     if len(values) > 1:
         std = statistics.stdev(values)
-        quantile = float(stats.t.ppf((1 + _CONFIDENCE) / 2, len(values) - 1))
+        quantile = float(stdtrit(len(values) - 1, (1 + _CONFIDENCE) / 2))  # Student's t
         half = quantile * std / math.sqrt(len(values))
         interval = [mean - half, mean + half]
     return {
@@ -117,6 +125,8 @@ def to_bio(tags: Sequence[str]) -> list[str]:
 
 
 def _rewrite(tags: Sequence[str], single: str, last: str) -> list[str]:
+    from seqeval.metrics.sequence_labeling import get_entities
+
     rewritten = ["O"] * len(tags)
     for kind, begin, end in get_entities(list(tags)):
         suffix = f"-{kind}" if "-" in tags[begin] else ""

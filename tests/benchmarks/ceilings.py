@@ -22,7 +22,7 @@ def run(context: Context) -> None:
     results = context.results
     results["clock"] = timer.clock
     results["square_product"] = square_product(timer, context.is_tiny)
-    results["copy"] = _copy(timer, 4 * 2**20 if context.is_tiny else _COPY_BYTES)
+    results["copy"] = device_copy(timer, context.is_tiny)
     rows = 128 if context.is_tiny else MODEL_ROWS
     best = results["square_product"]["tflop_per_s"]
     results["model_products"] = []
@@ -63,10 +63,12 @@ def _product(timer: Timer, m: int, k: int, n: int, is_tiny: bool) -> dict[str, A
     }
 
 
-def _copy(timer: Timer, num_bytes: int) -> dict[str, Any]:
+def device_copy(timer: Timer, is_tiny: bool) -> dict[str, Any]:
+    """The ceiling for memory: a copy of 4 GiB of random bytes."""
+    num_bytes = 4 * 2**20 if is_tiny else _COPY_BYTES
     source = torch.randint(0, 256, (num_bytes,), dtype=torch.uint8, device=timer.device)
     target = torch.empty_like(source)
-    seconds = spread(measure(timer, lambda: target.copy_(source)))
+    seconds = spread(measure(timer, lambda: target.copy_(source), sample_s=_sample_s(is_tiny)))
     return {
         "bytes_read_plus_written": 2 * num_bytes,
         "ms": seconds["median"] * 1e3,

@@ -22,6 +22,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from apex_build import PACKAGES
 from processes import REPOSITORY, clean_environment
 from section import Context, NotRunError, SectionTimeoutError
 
@@ -37,19 +38,24 @@ class Section:
     Attributes:
         limit_s: Most seconds of its process.
         environment: Variables that must be there before PyTorch starts.
+        on_cpu: More of them there.
     """
 
     limit_s: float
     environment: dict[str, str] = field(default_factory=dict)
+    on_cpu: dict[str, str] = field(default_factory=dict)
 
 
 SECTIONS = {
     "ceilings": Section(60),
-    "kernels": Section(100),
+    "apex_build": Section(200),
+    "kernels": Section(170, on_cpu={"TRITON_INTERPRET": "1"}),
+    "large_step": Section(230),
+    "step_profile": Section(60),
     "gpu_tests": Section(110),
     "determinism": Section(150, {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}),
-    "large_step": Section(400),  # last: it takes what the others leave
 }
+"""In the order in which they run, the most important numbers first: the last ones get what is left."""
 
 
 def main() -> int:
@@ -74,7 +80,8 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--tiny", action="store_true", help="shapes for a CPU: tests the suite, not the machine")
     parser.add_argument("--only", type=_section_names, default=tuple(SECTIONS), help="sections, divided by commas")
-    parser.add_argument("--budget-s", type=float, default=500, help="seconds for all sections together")
+    parser.add_argument("--seed", type=int, help="of the random inputs; another one each time unless given")
+    parser.add_argument("--budget-s", type=float, default=520, help="seconds for all sections together")
     parser.add_argument("--git-commit", help="where the checkout has no .git")
     parser.add_argument("--section", choices=SECTIONS, help=argparse.SUPPRESS)
     parser.add_argument("--limit-s", type=float, help=argparse.SUPPRESS)
@@ -106,7 +113,9 @@ def run_suite(arguments: argparse.Namespace) -> dict[str, Any]:
         "sections": {},
         "errors": [],
     }
+    packages = tempfile.TemporaryDirectory()  # of what a section builds for the others
     for name, section in SECTIONS.items():
+        limit_s = section.limit_s * (5 if arguments.tiny else 1)  # tiny is for any machine, and measures nothing
         left_s = arguments.budget_s - (time.monotonic() - begin)
         if name not in arguments.only:
             outcome = _outcome("not_run", "not chosen with --only")
@@ -114,7 +123,7 @@ def run_suite(arguments: argparse.Namespace) -> dict[str, Any]:
             outcome = _outcome("failed", f"not begun: the budget of {arguments.budget_s:g} s is spent")
         else:
             print(f"{name} …", file=sys.stderr, flush=True)
-            outcome = _run_process(name, section, min(section.limit_s, left_s), arguments)
+            outcome = _run_process(name, section, min(limit_s, left_s), arguments, packages.name)
         for key in ("machine", "versions"):
             report[key] = report[key] or outcome.pop(key, None)
             outcome.pop(key, None)
@@ -123,6 +132,7 @@ def run_suite(arguments: argparse.Namespace) -> dict[str, Any]:
             report["errors"].append({"section": name, "message": outcome["reason"]})
         report["wall_s"] = time.monotonic() - begin
         arguments.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    packages.cleanup()
     return report
 
 
@@ -130,15 +140,25 @@ def _outcome(status: str, reason: str | None) -> dict[str, Any]:
     return {"status": status, "reason": reason, "traceback": None, "wall_s": 0.0, "results": {}, "summary": []}
 
 
-def _run_process(name: str, section: Section, limit_s: float, arguments: argparse.Namespace) -> dict[str, Any]:
+def _environment(section: Section, device: str, packages: str) -> dict[str, str]:
+    environment = clean_environment() | {PACKAGES: packages}
+    environment["PYTHONPATH"] = os.pathsep.join([environment["PYTHONPATH"], packages])
+    environment.pop("TRITON_INTERPRET", None)  # would take the kernels from the GPU
+    return environment | section.environment | (section.on_cpu if device == "cpu" else {})
+
+
+def _run_process(
+    name: str, section: Section, limit_s: float, arguments: argparse.Namespace, packages: str
+) -> dict[str, Any]:
     """A section in its process; whatever happens to it, an outcome."""
     begin = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "section.json"
         command = [sys.executable, str(Path(__file__).resolve()), "--section", name, "--out", str(out)]
         command += ["--device", arguments.device, "--limit-s", str(limit_s), *(["--tiny"] if arguments.tiny else [])]
+        command += [] if arguments.seed is None else ["--seed", str(arguments.seed)]
         process = subprocess.Popen(
-            command, cwd=REPOSITORY, env=clean_environment() | section.environment, stdout=sys.stderr,
+            command, cwd=REPOSITORY, env=_environment(section, arguments.device, packages), stdout=sys.stderr,
             start_new_session=True,
         )  # fmt: skip
         try:
@@ -165,7 +185,7 @@ def _kill_session(process: subprocess.Popen) -> None:
 
 def run_section(arguments: argparse.Namespace) -> None:
     """The process of one section: writes its outcome, also when it fails or its time is up."""
-    seed = int.from_bytes(os.urandom(3))
+    seed = int.from_bytes(os.urandom(3)) if arguments.seed is None else arguments.seed
     context = Context(arguments.device, arguments.tiny, seed, deadline=time.monotonic() + arguments.limit_s)
     context.results["seed"] = seed
     outcome = _outcome("ok", None)

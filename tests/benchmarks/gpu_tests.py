@@ -1,5 +1,6 @@
-"""The tests that need a GPU, run by pytest in a process of their own; their counts."""
+"""The tests that need a GPU or use one where there is one, run by pytest in a process of its own; their counts."""
 
+import importlib.util
 import subprocess
 import sys
 import tempfile
@@ -10,11 +11,19 @@ from xml.etree import ElementTree
 from processes import REPOSITORY, clean_environment
 from section import CheckFailedError, Context, NotRunError
 
+PATHS = (
+    "tests/gpu",
+    "tests/model/test_adamw.py",
+    "tests/model/test_attention_triton.py",
+    "tests/model/test_pointwise_triton.py",
+)
+"""Those in tests/model run Triton's kernels on the GPU; without one, in its interpreter."""
+_WORKERS = "8"  # most of the time is Triton's compiler's
 _TAIL_CHARACTERS = 4000
 
 
 def run(context: Context) -> None:
-    """Runs ``pytest -m gpu tests/gpu``.
+    """Runs pytest on ``PATHS``.
 
     Raises:
         NotRunError: No GPU.
@@ -24,7 +33,9 @@ def run(context: Context) -> None:
         raise NotRunError("the tests in tests/gpu need a CUDA device; this report is from the CPU")
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        command = ["-m", "pytest", "-m", "gpu", "tests/gpu", f"--junitxml={report}", "-p", "no:cacheprovider"]
+        command = ["-m", "pytest", *PATHS, f"--junitxml={report}", "-p", "no:cacheprovider", "-m", "not slurm"]
+        if importlib.util.find_spec("xdist"):
+            command += ["-n", _WORKERS]
         done = subprocess.run(
             [sys.executable, *command],
             cwd=REPOSITORY,
@@ -54,4 +65,4 @@ def summarize(results: dict[str, Any]) -> list[tuple[str, str]]:
     """Lines of the table."""
     counts = results.get("counts", {})
     parts = [f"{counts[name]} {name}" for name in ("passed", "failures", "errors", "skipped") if name in counts]
-    return [("tests in tests/gpu", ", ".join(parts) or "no report")]
+    return [("tests on the GPU", ", ".join(parts) or "no report")]

@@ -1,183 +1,127 @@
-"""Attention in packed rows: inputs, a float64 reference of its own, dropout's statistics, times.
+"""Attention in packed rows: cases, formulas in float64, torch's own kernels as peers.
 
 Shapes: B rows, H heads, T tokens, D head size.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from kernel_case import DROPOUT, Case, Cost, Peer, Tensors
 from synthetic import random_pieces
-from timing import Timer, interleave, paired_ratio, spread
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from model.kernels.attention import ATTENTION, Packing
+from model.kernels.attention import Packing
+from model.kernels.dropout import Dropout, keeps
 
-_DROPOUT = 0.1
 _LARGE_HEADS = {"discriminator": 16, "generator": 4}
-_MAX_DEVIATION = 6.0  # standard deviations: one false alarm in half a billion
+_TINY_HEADS = {"discriminator": 2, "generator": 1}
+_DENSE = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
 
 
-def accuracy(device: str, is_tiny: bool, dtypes: list[torch.dtype]) -> Iterator[dict[str, Any]]:
-    """Relative errors of output and gradients of each backend, on inputs drawn anew for each check."""
-    length, head_size, rows = (32, 8, 2) if is_tiny else (512, 64, 4)
-    for network, heads in _LARGE_HEADS.items():
-        for num_pieces in ("one piece", "several pieces"):
-            pieces_BT = random_pieces(rows, length, num_pieces == "several pieces").to(device)
-            for backend, attention in ATTENTION.items():
-                for dtype in dtypes:
-                    shape = (rows, heads, length, head_size)
-                    record = {
-                        "backend": backend,
-                        "case": f"{network}, {num_pieces}",
-                        "dtype": _name(dtype),
-                        "shape_bhtd": list(shape),
-                    }
-                    yield record | _outcome(lambda a=attention, s=shape, p=pieces_BT, d=dtype: _errors(a, s, p, d))
+def cases(device: str, is_tiny: bool, for_times: bool) -> Iterator[Case]:
+    """Heads of both networks, rows of one piece and of several."""
+    rows, length, size = (2, 24, 16) if is_tiny else (64 if for_times else 4, 512, 64)
+    for network, heads in (_TINY_HEADS if is_tiny else _LARGE_HEADS).items():
+        for number in ("one piece", "several pieces"):
+            pieces_BT = random_pieces(rows, length, number == "several pieces").to(device)
+            name = f"{network}, {number}, {rows}×{length}×{heads}×{size}"
+            yield _case(name, Packing(pieces_BT), heads, size, device, is_dense=number == "one piece")
 
 
-def attention_float64(query_BHTD: Tensor, key_BHTD: Tensor, value_BHTD: Tensor, pieces_BT: Tensor) -> Tensor:
-    """Softmax(QK^T / sqrt(D)) V within pieces; float64 in, float64 throughout."""
+def _case(name: str, packing: Packing, heads: int, size: int, device: str, is_dense: bool) -> Case:
+    rows, length = packing.pieces_BT.shape
+    scores = float(packing.same_piece_B1TT.sum()) * heads
+    num_bytes = 2 * rows * length * heads * size  # of one of the four vectors, in bf16
+    product = 2 * scores * size
+
+    def make(dtype: torch.dtype) -> Tensors:
+        return {"qkv": torch.randn(rows, length, 3, heads, size, device=device, dtype=torch.float64).to(dtype)}
+
+    def run(function: Any, leaves: Tensors, dropout: Dropout | None) -> Tensors:
+        return {"output": function(leaves["qkv"], packing, dropout)}
+
+    return Case(
+        name,
+        make,
+        run,
+        lambda leaves, dropout: {"output": _exact(leaves["qkv"], packing, dropout)},
+        _dense_peers(device) if is_dense else {"sdpa with a mask": partial(_masked_peer, packing)},
+        Cost(4 * num_bytes, 2 * product),
+        Cost(12 * num_bytes, 7 * product),  # the scores are made again
+        keep=lambda dropout: _keep_of_identity(dropout, device),
+        kept=lambda function, dropout: _kept(function, dropout, device),
+        draws_otherwise=frozenset({"torch"} if device == "cuda" else ()),
+    )
+
+
+def _exact(qkv_BT3HD: Tensor, packing: Packing, dropout: Dropout | None) -> Tensor:
+    """Dropout(softmax(QK^T / sqrt(D))) V within pieces."""
+    query_BHTD, key_BHTD, value_BHTD = qkv_BT3HD.permute(2, 0, 3, 1, 4)
     scores_BHTT = query_BHTD @ key_BHTD.transpose(-1, -2) / math.sqrt(query_BHTD.shape[-1])
+    pieces_BT = packing.pieces_BT
     same_piece_BTT = pieces_BT[:, :, None] == pieces_BT[:, None, :]
-    return scores_BHTT.masked_fill(~same_piece_BTT[:, None], -torch.inf).softmax(-1) @ value_BHTD
+    probabilities_BHTT = scores_BHTT.masked_fill(~same_piece_BTT[:, None], -torch.inf).softmax(-1)
+    if dropout:
+        keep_BHTT = _keep(dropout, packing, query_BHTD.shape[1])
+        probabilities_BHTT = probabilities_BHTT * keep_BHTT * dropout.scale
+    return (probabilities_BHTT @ value_BHTD).transpose(1, 2)
 
 
-def relative_error(out: Tensor, reference: Tensor) -> float:
-    """||out - reference|| / ||reference|| in float64."""
-    out, reference = out.detach(), reference.detach()
-    return float((out.double() - reference).norm() / reference.norm())
+def _keep(dropout: Dropout, packing: Packing, heads: int) -> Tensor:
+    """By the definition: a row for each token and head, a column for each place in the piece."""
+    rows, length = packing.pieces_BT.shape
+    token_BT = torch.arange(rows * length, device=packing.pieces_BT.device).view(rows, length)
+    row_BHT1 = (token_BT[:, None] * heads + torch.arange(heads, device=token_BT.device)[:, None])[..., None]
+    place_B11T = (token_BT[:1] - packing.begin_BT)[:, None, None]
+    return keeps(dropout, row_BHT1, place_B11T.clamp(min=0))
 
 
-def _errors(
-    attention: Callable[..., Tensor], shape: tuple[int, ...], pieces_BT: Tensor, dtype: torch.dtype
-) -> dict[str, Any]:
-    """The inputs are rounded to ``dtype`` first, so that the errors are the backend's alone."""
-    rounded = [torch.randn(shape, dtype=torch.float64, device=pieces_BT.device).to(dtype) for _ in range(4)]
-    *inputs, gradient = (tensor.requires_grad_() for tensor in rounded)
-    out = attention(*inputs, Packing(pieces_BT), 0.0)
-    gradients = torch.autograd.grad(out, inputs, gradient.detach())
-    exact_inputs = [tensor.detach().double().requires_grad_() for tensor in inputs]
-    exact = attention_float64(*exact_inputs, pieces_BT)
-    exact_gradients = torch.autograd.grad(exact, exact_inputs, gradient.detach().double())
-    errors = {"output": relative_error(out, exact)}
-    for name, found, expected in zip(("query", "key", "value"), gradients, exact_gradients, strict=True):
-        errors[f"gradient of {name}"] = relative_error(found, expected)
-    return {"relative_errors": errors}
+_IDENTITY = (4, 2, 64)  # rows, heads, tokens and head size
 
 
-def dropout(device: str) -> Iterator[dict[str, Any]]:
-    """What dropout does to the probabilities, seen by taking the identity matrix as values."""
+def _keep_of_identity(dropout: Dropout, device: str) -> Tensor:
+    rows, heads, size = _IDENTITY
+    return _keep(dropout, Packing(torch.zeros(rows, size, dtype=torch.long, device=device)), heads).flatten(0, 1)
+
+
+def _kept(function: Any, dropout: Dropout, device: str) -> tuple[Tensor, Tensor]:
+    """With V = I the output is P·M / (1 - p); with an output gradient of I that of V is its transpose."""
+    rows, heads, size = _IDENTITY
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    for backend, attention in ATTENTION.items():
-        yield {"backend": backend, "dtype": _name(dtype)} | _outcome(lambda a=attention: _dropout(a, dtype, device))
+    query, key = (torch.randn(rows, size, heads, size, device=device).to(dtype) for _ in "qk")
+    identity = torch.eye(size, dtype=dtype, device=device)[None, :, None].expand(rows, size, heads, size)
+    qkv_BT3HD = torch.stack([query, key, identity], 2).requires_grad_()
+    out = function(qkv_BT3HD, Packing(torch.zeros(rows, size, dtype=torch.long, device=device)), dropout)
+    (gradient,) = torch.autograd.grad(out, qkv_BT3HD, identity.contiguous())
+    forward_BHTT, backward_BHTT = out.detach().transpose(1, 2), gradient[:, :, 2].permute(0, 2, 3, 1)
+    return (forward_BHTT != 0).flatten(0, 1), (backward_BHTT != 0).flatten(0, 1)
 
 
-def _dropout(attention: Callable[..., Tensor], dtype: torch.dtype, device: str) -> dict[str, Any]:
-    """With V = I the output is P·M/(1-p); with an output gradient of I that of V is its transpose."""
-    size, rows, heads = 64, 8, 4
-    query, key = (torch.randn(rows, heads, size, size, dtype=torch.float64, device=device).to(dtype) for _ in "qk")
-    value = torch.eye(size, dtype=dtype, device=device).expand(rows, heads, size, size).contiguous().requires_grad_()
-    pieces_BT = torch.zeros(rows, size, dtype=torch.long, device=device)
-    out = attention(query, key, value, Packing(pieces_BT), _DROPOUT)
-    (gradient,) = torch.autograd.grad(out, value, value.detach())
-    kept = (out != 0).double()
-    exact = attention_float64(query.double(), key.double(), value.detach().double(), pieces_BT)
-    found = {
-        "dropout": _DROPOUT,
-        "kept_share": float(kept.mean()),
-        "kept_share_deviations": float((kept.mean() - (1 - _DROPOUT)).abs())
-        / math.sqrt(_DROPOUT * (1 - _DROPOUT) / kept.numel()),
-        "largest_correlation_deviations": _largest_correlation(kept.flatten(0, 1)),
-        "scaled_values_error": relative_error(out, exact * kept / (1 - _DROPOUT)),
-        "backward_mask_error": relative_error(gradient.transpose(-1, -2), out.detach().double()),
-    }
-    return found | {"problems": _dropout_problems(found)}
+def _dense_peers(device: str) -> dict[str, Peer]:
+    """torch's kernels over whole rows, no mask: their fastest case."""
+    if device == "cpu":
+        return {"sdpa": lambda leaves: _sdpa(leaves["qkv"])}
+    return {f"sdpa {name}": partial(_dense_peer, backend) for name, backend in _DENSE.items()}
 
 
-def _largest_correlation(kept: Tensor) -> float:
-    """Greatest correlation of the mask with itself shifted, in standard deviations of independent draws."""
-    centred = (kept - kept.mean()) / kept.std()
-    largest = 0.0
-    for dim in range(centred.ndim):
-        for shift in (1, 2, 3, 4, 8, 16, 32):
-            if shift < centred.shape[dim]:
-                length = centred.shape[dim] - shift
-                product = centred.narrow(dim, 0, length) * centred.narrow(dim, shift, length)
-                largest = max(largest, abs(float(product.mean())) * math.sqrt(product.numel()))
-    return largest
+def _dense_peer(backend: SDPBackend, leaves: Tensors) -> Tensor:
+    with sdpa_kernel(backend):
+        return _sdpa(leaves["qkv"])
 
 
-def _dropout_problems(found: dict[str, Any]) -> list[str]:
-    problems = []
-    if not found["kept_share_deviations"] <= _MAX_DEVIATION:
-        problems.append(f"dropout keeps {found['kept_share']:.4f} instead of {1 - _DROPOUT}")
-    if not found["largest_correlation_deviations"] <= _MAX_DEVIATION:
-        problems.append("dropped positions are correlated")
-    if not found["scaled_values_error"] <= 2e-2:
-        problems.append(f"kept probabilities are off by {found['scaled_values_error']:.1e}")
-    if not found["backward_mask_error"] <= 2e-2:
-        problems.append("the backward pass drops other positions than the forward pass")
-    return problems
+def _masked_peer(packing: Packing, leaves: Tensors) -> Tensor:
+    return _sdpa(leaves["qkv"], packing.same_piece_B1TT)
 
 
-def times(timer: Timer, is_tiny: bool) -> Iterator[dict[str, Any]]:
-    """Milliseconds and nominal TFLOP/s of each backend with dropout 0.1, interleaved."""
-    rows, length, head_size = (2, 32, 8) if is_tiny else (64, 512, 64)
-    dtype = torch.float32 if is_tiny else torch.bfloat16
-    for network, heads in _LARGE_HEADS.items():
-        for num_pieces in ("one piece", "several pieces"):
-            pieces_BT = random_pieces(rows, length, num_pieces == "several pieces").to(timer.device)
-            shape = (rows, heads, length, head_size)
-            flops = 4 * rows * heads * length * length * head_size
-            for record in _times(timer, shape, pieces_BT, dtype, flops):
-                yield {"case": f"{network}, {num_pieces}", "shape_bhtd": list(shape), "dtype": _name(dtype)} | record
-
-
-def _times(
-    timer: Timer, shape: tuple[int, ...], pieces_BT: Tensor, dtype: torch.dtype, flops: int
-) -> Iterator[dict[str, Any]]:
-    packing = Packing(pieces_BT)
-    query, key, value, gradient = (torch.randn(shape, dtype=dtype, device=timer.device) for _ in range(4))
-    inputs = [tensor.requires_grad_() for tensor in (query, key, value)]
-
-    def forward(attention: Callable[..., Tensor]) -> None:
-        with torch.no_grad():
-            attention(*inputs, packing, _DROPOUT)
-
-    def forward_backward(attention: Callable[..., Tensor]) -> None:
-        torch.autograd.grad(attention(*inputs, packing, _DROPOUT), inputs, gradient)
-
-    usable = {}
-    for backend, attention in ATTENTION.items():
-        outcome = _outcome(lambda a=attention: forward_backward(a))
-        if "error" in outcome:
-            yield {"backend": backend} | outcome
-        else:
-            usable[backend] = attention
-    only_forward = interleave(timer, {n: lambda a=a: forward(a) for n, a in usable.items()}, rounds=5, calls=4)
-    both = interleave(timer, {n: lambda a=a: forward_backward(a) for n, a in usable.items()}, rounds=5, calls=4)
-    for backend in usable:
-        forward_s, both_s = spread(only_forward[backend])["median"], spread(both[backend])["median"]
-        yield {
-            "backend": backend,
-            "dropout": _DROPOUT,
-            "forward_ms": forward_s * 1e3,
-            "forward_backward_ms": both_s * 1e3,
-            "forward_tflop_per_s": flops / forward_s / 1e12,
-            "forward_backward_tflop_per_s": 3 * flops / both_s / 1e12,
-            "speed_over_reference": paired_ratio(both["reference"], both[backend]),
-        }
-
-
-def _outcome(attempt: Callable[[], Any]) -> dict[str, Any]:
-    """What an attempt returns, or the error of a backend that does not run here."""
-    try:
-        return attempt() or {}
-    except Exception as error:
-        return {"error": f"{type(error).__name__}: {error}"}
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def _sdpa(qkv_BT3HD: Tensor, mask: Tensor | None = None) -> Tensor:
+    query, key, value = qkv_BT3HD.permute(2, 0, 3, 1, 4).unbind(0)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=DROPOUT).transpose(1, 2)

@@ -1,11 +1,13 @@
 """The full training step of ELECTRA-Large, AdamW included: this engine against transformers.
 
-    hf_eager            eager attention, AMP bf16, MLM head on all positions
-    hf_sdpa_compile     torch's fused attention and torch.compile, otherwise the same
-    ours_one_piece      this engine through DeepSpeed ZeRO-1, each row one piece
-    ours_several_pieces the same on rows in which documents end
+    hf_eager                eager attention, AMP bf16, MLM head on all positions
+    hf_sdpa_compile         torch's fused attention, parts under torch.compile, otherwise the same
+    hf_sdpa_compile_gather  the same with the MLM head on the masked positions alone
+    ours_auto               this engine through DeepSpeed ZeRO-1 with kernels.backend=auto, each row one piece
+    ours_auto_several       the same on rows in which documents end
+    ours_triton, ours_torch ours_auto with another backend
 
-The peers read the rows of ``ours_one_piece``, masks included, and no attention mask: their fastest
+The peers read the rows of ``ours_auto``, masks included, and no attention mask: their fastest
 case. Masking is done beforehand for all. Rates count every token of a row and the nominal FLOPs of
 ``model.flops``; a ratio is ours over the peer in tokens/s.
 """
@@ -14,12 +16,14 @@ import gc
 import itertools
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+import torch._dynamo
 from ceilings import square_product
 from peers import HfTrainer, peer_inputs
 from section import CheckFailedError, Context
@@ -33,9 +37,17 @@ from pipeline.devices import peak_memory_gib
 from pipeline.engine import Engine
 
 NOMINAL_TFLOP_PER_S = 989  # dense bf16 of an H100 or H200, by NVIDIA's datasheet
+RATIO_TARGETS = [(64, "hf_eager", 2.2), (64, "hf_sdpa_compile", 1.3), (64, "hf_sdpa_compile_gather", 1.25)]
+RATE_TARGETS = [(64, 473.0), (16, 0.85 * 473.0)]
+"""Rows, and the least TFLOP/s of ``ours_auto``."""
+ROWS = (64, 16, 128, 8, 4)
+"""Of a micro-batch, in the order in which they are measured; what there is no time for is skipped from the end."""
+TINY_ROWS = (4, 8)
+_SETUP_S, _ROW_S = 20.0, 0.3  # a size is begun with that much time left
 _PREPARED_BATCHES = 4
 _MAX_CHUNKS = 8
-_MARGIN_S = 60.0  # for what follows a compilation
+_NO_ROOM = "do not fit"
+Batches = dict[bool, list[MicroBatch]]
 
 
 @dataclass
@@ -66,79 +78,116 @@ class Contender:
     peak_gib: float = 0.0
 
 
+@dataclass
+class Model:
+    """Something that trains, and what it holds.
+
+    Attributes:
+        steps: By contender: makes its step on rows of one piece and on rows of several.
+        residence: Its memory between steps.
+        parameters: How many it trains.
+        is_ours: Whether it is the program's engine; else steps may be split, and may fail.
+        compiled: Whether torch.compile made parts of it.
+    """
+
+    steps: dict[str, Callable[[Batches], Callable[[int], None]]]
+    residence: Residence
+    parameters: int
+    is_ours: bool = False
+    compiled: bool = False
+
+
 def run(context: Context) -> None:
-    """Fills one record for each micro-batch size.
+    """Fills one record for each micro-batch size, the most important one first.
 
     Raises:
-        CheckFailedError: The peer trains another number of parameters, so the work is not the same.
+        CheckFailedError: The peer trains another number of parameters, so the work is not the same; or a step of
+            ours does not run.
     """
     timer = Timer(context.device)
     torch.manual_seed(context.seed)
+    torch._dynamo.config.recompile_limit = 64  # each size is a shape of its own
     join_process_group(context.device)
     results = context.results
     results.update(clock=timer.clock, nominal_tflop_per_s=NOMINAL_TFLOP_PER_S if context.is_cuda else None)
-    results["ceiling"] = square_product(timer, context.is_tiny)
-    sizes = (4, 8) if context.is_tiny else (64, 128)
+    results.update(ceiling=square_product(timer, context.is_tiny), micro_batches=[], skipped=[], targets=[])
     with TemporaryDirectory() as folder:
-        configs = [_config(context, rows, Path(folder)) for rows in sizes]
-        peers = _peers(context, configs[0])
-        results["micro_batches"] = []
-        for config in configs:
+        models = _models(context, Path(folder))
+        results["parameters"] = {name: model.parameters for model in models for name in model.steps}
+        if len(set(results["parameters"].values())) > 1:
+            raise CheckFailedError(f"the contenders train different numbers of parameters: {results['parameters']}")
+        for rows in TINY_ROWS if context.is_tiny else ROWS:
+            if context.left_s() < _SETUP_S + rows * _ROW_S:
+                results["skipped"].append({"rows": rows, "reason": f"{context.left_s():.0f} s were left"})
+                continue
             record: dict[str, Any] = {}
             results["micro_batches"].append(record)
-            _measure_size(context, timer, config, peers, record)
+            _measure_size(context, timer, _config(context, rows, Path(folder)), models, record)
+            results["targets"] = targets(results["micro_batches"])
+    broken = [
+        f"{record['rows']} rows: {name}: {reason}"
+        for record in results["micro_batches"]
+        for name, reason in record["not_measured"].items()
+        if name.startswith("ours") and _NO_ROOM not in reason
+    ]
+    if broken:
+        raise CheckFailedError("; ".join(broken))
 
 
-def _config(context: Context, rows: int, folder: Path) -> Config:
-    sections = {"deepspeed": {"config": write_small_buckets(folder)}} if context.is_tiny else {}
-    return make_config(context.is_tiny, rows, **sections)
+def _config(context: Context, rows: int, folder: Path, backend: str = "auto") -> Config:
+    sections: dict[str, Any] = {"deepspeed": {"config": write_small_buckets(folder)}} if context.is_tiny else {}
+    return make_config(context.is_tiny, rows, **sections, kernels={"backend": backend})
 
 
-def _peers(context: Context, config: Config) -> dict[str, tuple[HfTrainer, Contender]]:
-    """transformers' models; in tiny mode nothing is compiled, since that takes minutes on CPU."""
-    compiles = not context.is_tiny
-    kinds = {"hf_eager": ("eager", False), "hf_sdpa_compile" if compiles else "hf_sdpa": ("sdpa", compiles)}
-    peers = {}
-    for name, (attention, is_compiled) in kinds.items():
+def _models(context: Context, folder: Path) -> list[Model]:
+    """The peers, then ours by backend; on a CPU nothing is compiled or interpreted, which takes minutes."""
+    models = []
+    name = "hf_sdpa_compile" if context.is_cuda else "hf_sdpa"
+    for attention, compiles, gathers in (
+        ("eager", False, {"hf_eager": False}),
+        ("sdpa", context.is_cuda, {name: False, f"{name}_gather": True}),
+    ):
         before = _allocated_bytes(context)
-        trainer = HfTrainer(config, config.tokenizer.vocab_size, attention, context.device, is_compiled)
+        config = _config(context, TINY_ROWS[0], folder)
+        trainer = HfTrainer(config, config.tokenizer.vocab_size, attention, context.device, compiles)
+        steps = {name: partial(_peer_step, trainer, gather) for name, gather in gathers.items()}
         residence = Residence(_allocated_bytes(context) - before)
-        peers[name] = trainer, Contender(lambda _: None, residence, can_split=True, compiled=is_compiled)
-    return peers
+        models.append(Model(steps, residence, trainer.num_parameters, compiled=compiles))
+    for backend in ("auto", "triton", "torch") if context.is_cuda else ("auto",):
+        before = _allocated_bytes(context)
+        engine, plan = build_engine(_config(context, TINY_ROWS[0], folder, backend), context.device, context.seed)
+        context.results.setdefault("kernels", {})[backend] = engine.model.kernels.names
+        steps = {f"ours_{backend}": partial(_own_step, engine, False)}
+        if backend == "auto":
+            steps["ours_auto_several"] = partial(_own_step, engine, True)
+        residence = Residence(_allocated_bytes(context) - before)
+        models.append(Model(steps, residence, plan.parameters_trained, is_ours=True))
+    return models
 
 
-def _measure_size(
-    context: Context,
-    timer: Timer,
-    config: Config,
-    peers: dict[str, tuple[HfTrainer, Contender]],
-    record: dict[str, Any],
-) -> None:
+def _measure_size(context: Context, timer: Timer, config: Config, models: list[Model], record: dict[str, Any]) -> None:
     """One micro-batch size: warm-up of each contender, then interleaved rounds."""
     rows, length = config.train.global_batch_size, config.data.sequence_length
     batches = {
         several: micro_batches(config, context.device, _PREPARED_BATCHES, several, context.seed, context.is_tiny)
         for several in (False, True)
     }
-    before = _allocated_bytes(context)
-    engine, plan = build_engine(config, context.device, context.seed)
-    residence = Residence(_allocated_bytes(context) - before)
-    record.update(rows=rows, sequence_length_tokens=length, parameters=_parameters(plan.parameters_trained, peers))
-    record["pieces_per_row"] = float(batches[True][0].packing.pieces_BT.amax(1).double().mean() + 1)
-    contenders = {name: _rebound(peer, batches[False]) for name, peer in peers.items()}
-    contenders["ours_one_piece"] = Contender(engine_step(engine, batches[False]), residence)
-    contenders["ours_several_pieces"] = Contender(engine_step(engine, batches[True]), residence)
-    record["not_measured"] = {}
-    for name, contender in list(contenders.items()):
-        reason = _warm_up(context, contender, rows)
-        if reason:
-            record["not_measured"][name] = reason
-            del contenders[name]
+    pieces_per_row = float(batches[True][0].packing.pieces_BT.amax(1).double().mean() + 1)
+    record.update(rows=rows, sequence_length_tokens=length, pieces_per_row=pieces_per_row, not_measured={})
+    contenders: dict[str, Contender] = {}
+    for model in models:
+        for name, make in model.steps.items():
+            contender = Contender(make(batches), model.residence, can_split=not model.is_ours, compiled=model.compiled)
+            reason = _warm_up(context, contender, rows)
+            if reason:
+                record["not_measured"][name] = reason
+            else:
+                contenders[name] = contender
     seconds = interleave(
         timer,
         {name: lambda c=contender: c.step(c.chunks) for name, contender in contenders.items()},
-        rounds=3 if context.is_tiny else 5,
-        calls=2 if context.is_tiny else 3,
+        rounds=3,
+        calls=2,
         before=torch.cuda.empty_cache if context.is_cuda else None,
     )
     ceiling = context.results["ceiling"]["tflop_per_s"]
@@ -146,42 +195,33 @@ def _measure_size(
         name: _rates(context, config, contenders[name], values, ceiling) for name, values in seconds.items()
     }
     record["ratios"] = dict(_ratios(seconds))
-    del engine, contenders
     _release(context)
 
 
-def engine_step(engine: Engine, batches: list[MicroBatch]) -> Callable[[int], None]:
+def _own_step(engine: Engine, several: bool, batches: Batches) -> Callable[[int], None]:
+    return engine_step(engine, batches[several])
+
+
+def _peer_step(trainer: HfTrainer, gathers: bool, batches: Batches) -> Callable[[int], None]:
+    rotating = itertools.cycle([peer_inputs(batch) for batch in batches[False]])
+    return lambda chunks: trainer.step(next(rotating), chunks, gathers)
+
+
+def engine_step(engine: Engine, batches: list[MicroBatch]) -> Callable[..., None]:
     """A step of the program's engine on the next of some prepared micro-batches."""
-    rotating, seeds = itertools.cycle(batches), itertools.count(1)
+    rotating, seeds = itertools.cycle(batches), itertools.count(1)  # samples and dropout differ each time
     counts = {id(batch): GlobalCounts(float(batch.num_masked), batch.num_tokens) for batch in batches}
 
     def step(_: int = 1) -> None:
         batch = next(rotating)
-        engine.step([(0, batch, counts[id(batch)])], 1e-4, lambda _: next(seeds))
+        engine.step([(replace(batch, seed=next(seeds)), counts[id(batch)])], 1e-4)
 
     return step
 
 
-def _rebound(peer: tuple[HfTrainer, Contender], batches: list[MicroBatch]) -> Contender:
-    """The peer's contender on other rows; what it holds stays."""
-    trainer, contender = peer
-    rotating = itertools.cycle([peer_inputs(batch) for batch in batches])
-    contender.step = lambda chunks: trainer.step(next(rotating), chunks)
-    return contender
-
-
-def _parameters(ours: int, peers: dict[str, tuple[HfTrainer, Contender]]) -> dict[str, int]:
-    counts = {"ours": ours} | {name: trainer.num_parameters for name, (trainer, _) in peers.items()}
-    if len(set(counts.values())) > 1:
-        raise CheckFailedError(f"the contenders train different numbers of parameters: {counts}")
-    return counts
-
-
 def _warm_up(context: Context, contender: Contender, rows: int) -> str | None:
     """Finds the chunks that fit, notes memory; returns why the contender cannot be measured, or None."""
-    compile_s = contender.first_step_s if contender.compiled else 0.0
-    # A new shape compiles anew; without the time for it, two passes of the compiled shape do the same work.
-    contender.chunks = 2 if compile_s and context.left_s() < 1.5 * compile_s + _MARGIN_S else 1
+    message = ""
     while contender.chunks <= (min(_MAX_CHUNKS, rows) if contender.can_split else 1):
         others = _allocated_bytes(context) - contender.residence.num_bytes
         if context.is_cuda:
@@ -196,10 +236,12 @@ def _warm_up(context: Context, contender: Contender, rows: int) -> str | None:
             contender.residence.num_bytes = _allocated_bytes(context) - others
             return None
         except torch.OutOfMemoryError as error:
-            message = str(error).splitlines()[0]
+            message = f"{rows} rows {_NO_ROOM}: {str(error).splitlines()[0]}"
+        except Exception as error:
+            return f"{type(error).__name__}: {str(error)[:300]}"
         _release(context)
         contender.chunks *= 2
-    return f"{rows} rows do not fit: {message}"
+    return message
 
 
 def _rates(
@@ -229,6 +271,21 @@ def _ratios(seconds: dict[str, list[float]]) -> Iterator[tuple[str, dict[str, An
         for peer in seconds:
             if ours.startswith("ours") and peer.startswith("hf"):
                 yield f"{ours} / {peer}", paired_ratio(seconds[peer], seconds[ours])
+
+
+def targets(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What is aimed at, of the sizes and contenders that were measured: name, value, target, and whether it is met."""
+    found = []
+    by_rows = {record["rows"]: record for record in records if "ratios" in record}
+    for rows, peer, target in RATIO_TARGETS:
+        ratio = by_rows.get(rows, {"ratios": {}})["ratios"].get(f"ours_auto / {peer}")
+        if ratio:
+            found.append((f"{rows} rows: ours_auto / {peer}", ratio["median"], target))
+    for rows, target in RATE_TARGETS:
+        rates = by_rows.get(rows, {"contenders": {}})["contenders"].get("ours_auto")
+        if rates:
+            found.append((f"{rows} rows: ours_auto, TFLOP/s", rates["tflop_per_s"], target))
+    return [{"name": name, "value": v, "target": t, "met": v >= t} for name, v, t in found]
 
 
 def _allocated_bytes(context: Context) -> int:
@@ -262,4 +319,8 @@ def summarize(results: dict[str, Any]) -> list[tuple[str, str]]:
             lines.append((f"Large step, {record['rows']} rows: {name}", f"not measured: {reason}"))
         for name, ratio in record.get("ratios", {}).items():
             lines.append((f"**{record['rows']} rows: {name}**", f"**{ratio['median']:.2f}×**"))
+    for target in results.get("targets", []):
+        met = "met" if target["met"] else "not met"
+        lines.append((f"target, {target['name']}", f"{target['value']:.3g} of {target['target']:.3g}: **{met}**"))
+    lines += [(f"Large step, {r['rows']} rows", f"skipped: {r['reason']}") for r in results.get("skipped", [])]
     return lines

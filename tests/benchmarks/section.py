@@ -24,7 +24,7 @@ class Context:
     Attributes:
         device: ``cuda`` or ``cpu``.
         is_tiny: Shapes that take seconds on two CPU cores instead of those of ELECTRA-Large.
-        seed: Of the random inputs; another one each time, recorded in the report.
+        seed: Of the random inputs; another one each time unless given, recorded in the report.
         deadline: ``time.monotonic()`` at which the section is stopped.
         results: Numbers by name, with units; what is here survives a failure.
     """

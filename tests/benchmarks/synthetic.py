@@ -13,9 +13,9 @@ from data_shards.rows import pack_rows
 from data_shards.special import TRAINED
 from model.batch import MicroBatch
 from model.electra import Electra
-from model.kernels.select import select_kernels
 from pipeline.batches import to_micro_batch
 from pipeline.config import Config
+from pipeline.devices import choose_kernels
 from pipeline.distributed import Process, init_process_group
 from pipeline.engine import Engine
 from pipeline.plan import Plan, make_plan
@@ -108,7 +108,7 @@ def build_engine(config: Config, device: str, seed: int) -> tuple[Engine, Plan]:
     plan = make_plan(config, world_size=1)
     torch.manual_seed(seed)
     with torch.device(device):
-        model = Electra(config.model, config.objective, plan.vocab_size, select_kernels(config.kernels.backend))
+        model = Electra(config.model, config.objective, plan.vocab_size, choose_kernels(config, device))
     return Engine(config, plan, model, device), plan
 
 

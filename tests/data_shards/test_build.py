@@ -8,7 +8,9 @@ import multiprocessing
 import os
 import shutil
 import signal
+import threading
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,6 +27,7 @@ from data_shards.store import MANIFEST, Layout, read_manifest
 from data_shards.tasks import run_task
 from data_shards.tokenizer import Tokenizer
 from data_shards.tokenizer_files import install, train
+from data_shards.workers import WorkerPool
 
 HOST = os.uname().nodename.partition(".")[0]
 
@@ -149,6 +152,16 @@ class DyingFolder:
 
     def __hash__(self) -> int:
         return 0
+
+
+def test_workers_left_by_a_stop_are_gone_with_all_that_serves_them():
+    before = set(threading.enumerate())
+    began = time.monotonic()
+    with suppress(KeyError), WorkerPool(2) as pool:
+        pool.submit(time.sleep, 60)
+        raise KeyError
+    assert set(threading.enumerate()) <= before  # one still at work when the interpreter ends may raise there
+    assert time.monotonic() - began < 30
 
 
 def _die_in_a_worker(bait: str, parent: int) -> str:

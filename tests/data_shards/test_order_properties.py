@@ -1,12 +1,12 @@
 """Whatever the corpora, the batch and the number of processes: properties of the order, on drawn cases."""
 
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from data_shards.order import MIXTURE_PERIOD_ROWS, MixtureOrder, RowOrder, permute
 
-FEW = settings(max_examples=60, derandomize=True, deadline=None)
+FEW = settings(max_examples=60, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 SEEDS = st.integers(0, 2**31 - 1)
 ROW_ORDERS = st.builds(
     lambda num_rows, block_rows, window_blocks: RowOrder(num_rows, block_rows, window_blocks),

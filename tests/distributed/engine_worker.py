@@ -9,7 +9,7 @@ trained gets gradients of 0. Its tensors are of odd sizes, so that flat partitio
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,15 +17,24 @@ from torch import Tensor, nn
 
 from model.batch import GlobalCounts
 from model.flops import Trains
+from model.kernels.select import select_kernels
 from model.statistics import Statistics
 from pipeline.config import Config
-from pipeline.distributed import discover_process, init_process_group
+from pipeline.distributed import discover_process, exit_process, init_process_group
 from pipeline.engine import Engine, StepResult
 from pipeline.plan import make_plan
 from tests.conftest import REPOSITORY
 
 ROWS, WIDTH, IDS = 5, 7, 11
 MICRO_BATCHES = 2  # of a step, whatever the number of processes
+
+
+class Rows(NamedTuple):
+    """In place of a micro-batch."""
+
+    ids: Tensor
+    targets: Tensor
+    seed: int
 
 
 class Tower(nn.Module):
@@ -62,12 +71,13 @@ class StandIn(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
+        self.kernels = select_kernels()
         self.embeddings, self.generator_embeddings = Tables(), Tables()
         self.generator, self.discriminator = Tower(2), Tower(2)
         self.generator_head, self.discriminator_head = nn.Linear(WIDTH, 3), nn.Linear(WIDTH, 3)
 
-    def forward(self, batch: tuple[Tensor, Tensor], counts: GlobalCounts, trains: Trains = "both"):
-        ids, targets = batch
+    def forward(self, batch: Rows, counts: GlobalCounts, trains: Trains = "both"):
+        ids, targets = batch.ids, batch.targets
         generated = self.generator_head(self.generator(self.generator_embeddings(ids)))
         detected = self.discriminator_head(self.discriminator(self.embeddings(ids)))
         losses = [F.mse_loss(value.float(), targets, reduction="sum") for value in (generated, detected)]
@@ -111,8 +121,9 @@ class Training:
             draw = torch.Generator().manual_seed(100 * number + place)
             ids = torch.randint(0, IDS, (ROWS,), generator=draw)
             targets = torch.linspace(-scale, scale, 3 * IDS).view(IDS, 3)[ids]
-            batches.append((place, (ids, targets), GlobalCounts(1.0, float(ROWS * MICRO_BATCHES))))
-        return self.engine.step(batches, 0.01, lambda place: 10 * number + place, trains, measures_norms=True)
+            rows = Rows(ids, targets, seed=10 * number + place)
+            batches.append((rows, GlobalCounts(1.0, float(ROWS * MICRO_BATCHES))))
+        return self.engine.step(batches, 0.01, trains, measures_norms=True)  # type: ignore[arg-type]
 
     def state(self) -> dict[str, list[float]]:
         return {f"{kind}/{name}": value.flatten().tolist() for kind, name, value in self.engine.full_state()}
@@ -155,9 +166,8 @@ def copy(training: Training) -> dict[str, Any]:
     training.engine.copy_weights({target(name): name for name in names})
     training.engine.set_weights(lambda name: torch.full((3,), 0.25) if name == "generator_head.bias" else None)
     state = training.state()
-    forward = training.engine.evaluate(  # type: ignore[arg-type]
-        (torch.arange(ROWS), torch.zeros(ROWS, 3)), GlobalCounts(1.0, 1.0)
-    )
+    rows = Rows(torch.arange(ROWS), torch.zeros(ROWS, 3), seed=0)
+    forward = training.engine.evaluate(rows, GlobalCounts(1.0, 1.0))  # type: ignore[arg-type]
     generated, detected = forward[1:]
     assert generated is not None and detected is not None
     difference = (generated - detected).float()  # the generator's output differs by its bias alone
@@ -185,6 +195,7 @@ def main(out: Path, cases: dict[str, dict[str, Any]]) -> None:
             found[name] = train(case, training)
     if process.rank == 0:
         out.write_text(json.dumps(found))
+    exit_process(0)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.distributed
 PROGRAM = """
 import sys
 from datetime import timedelta
-from pipeline.distributed import Control, Process, init_process_group, leave_together
+from pipeline.distributed import Control, Process, exit_process, init_process_group, leave_together
 from pipeline.errors import DamagedError
 from pipeline.evaluate import _agree
 
@@ -39,6 +39,7 @@ else:
     import time
 
     time.sleep(600)
+exit_process(0)
 """
 
 
@@ -56,7 +57,7 @@ def start(case: str) -> list[subprocess.Popen[str]]:
 
 
 def test_what_one_rank_refuses_all_refuse_and_one_says() -> None:
-    said = [process.communicate(timeout=120)[0].strip() for process in start("agree")]
+    said = [process.communicate(timeout=400)[0].strip() for process in start("agree")]
     assert said == ["ElectraError 65 rows.tsv:3: text is empty", "ElectraError 65"]
 
 

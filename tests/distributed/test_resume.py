@@ -18,21 +18,34 @@ from tests.conftest import REPOSITORY, TINY, Electra, clean_environment, command
 pytestmark = pytest.mark.distributed
 
 
+SLOWLY = "slow@phase=data,seconds=0.1"
+"""So that a run does not end before it is killed or stopped."""
+
+
 def zero(stage: int) -> str:
     return f"deepspeed.config={REPOSITORY / 'configs' / 'deepspeed' / f'zero{stage}.json'}"
 
 
-Start = Callable[..., subprocess.Popen]
+class Started(subprocess.Popen):
+    """The command line in the background; what it says goes to a file."""
+
+    def __init__(self, said: Path, *arguments: object, fault: str = ""):
+        self.said = said
+        environment = clean_environment(**({"ELECTRA_FAULT": fault} if fault else {}))
+        with open(said, "w") as file:
+            super().__init__(command(*arguments), env=environment, stdout=file, stderr=file)
+
+
+Start = Callable[..., Started]
 
 
 @pytest.fixture
-def start() -> Iterator[Start]:
+def start(tmp_path: Path) -> Iterator[Start]:
     """Starts the command line in the background; what still runs when the test ends is killed."""
-    processes: list[subprocess.Popen] = []
+    processes: list[Started] = []
 
-    def run(*arguments: object) -> subprocess.Popen:
-        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        processes.append(subprocess.Popen(command(*arguments), env=clean_environment(), **quiet))
+    def run(*arguments: object, fault: str = "") -> Started:
+        processes.append(Started(tmp_path / f"said_{len(processes)}", *arguments, fault=fault))
         return processes[-1]
 
     yield run
@@ -42,15 +55,15 @@ def start() -> Iterator[Start]:
             process.wait()
 
 
-def wait_until(condition: Callable[[], bool], process: subprocess.Popen) -> None:
-    deadline = time.monotonic() + 120
+def wait_until(condition: Callable[[], bool], process: Started) -> None:
+    deadline = time.monotonic() + 400
     while not condition():
-        assert process.poll() is None, f"ended with {process.returncode} too early"
+        assert process.poll() is None, f"ended with {process.returncode} too early:\n{process.said.read_text()}"
         assert time.monotonic() < deadline
         time.sleep(0.01)
 
 
-def wait_for_step(run_dir: Path, name: str, step: int, process: subprocess.Popen) -> None:
+def wait_for_step(run_dir: Path, name: str, step: int, process: Started) -> None:
     path = run_dir / "runs" / name / "pretrain" / "journal.jsonl"
     wait_until(lambda: path.exists() and path.read_text().count("\n") >= step, process)
 
@@ -69,7 +82,7 @@ def test_kill_9_then_the_same_command_gives_the_same_run(shared_config: Path, el
     arguments = ["run", shared_config, "train.steps=60", "tracking.uri=auto", zero(0)]
     electra(*arguments, "run.name=whole")
     for round_number, step in enumerate((7, 33)):
-        process = start(*arguments, "run.name=killed")
+        process = start(*arguments, "run.name=killed", fault=SLOWLY)
         wait_for_step(run_dir, "killed", step, process)
         process.kill()
         process.wait()
@@ -120,10 +133,10 @@ def test_stopped_and_resumed_is_bitwise_the_same(
         f"train.precision={precision}",
     ]  # fmt: skip
     electra(*arguments, f"run.name={name}-whole")
-    process = start(*arguments, f"run.name={name}")
+    process = start(*arguments, f"run.name={name}", fault=SLOWLY)
     wait_for_step(run_dir, name, 2, process)
     process.send_signal(signal.SIGUSR2)
-    assert process.wait(120) == 85
+    assert process.wait(400) == 85
     electra(*arguments, f"run.name={name}")
     assert same_run(read_journal(run_dir, f"{name}-whole"), read_journal(run_dir, name))
     assert weights(run_dir, f"{name}-whole", 40) == weights(run_dir, name, 40)
@@ -133,10 +146,10 @@ def test_another_number_of_processes_and_stage_goes_on(shared_config: Path, elec
     run_dir = shared_config.parent / "out"
     arguments = ["run", shared_config, "train.steps=40"]
     electra(*arguments, "run.name=steady", zero(0))
-    process = start(*arguments, "run.name=moved", "launch.processes=2", zero(3))
+    process = start(*arguments, "run.name=moved", "launch.processes=2", zero(3), fault=SLOWLY)
     wait_for_step(run_dir, "moved", 4, process)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(120) == 85
+    assert process.wait(400) == 85
     done = electra(*arguments, "run.name=moved", "launch.processes=1", zero(1))
     assert "world_size changed from 2 to 1" in done.stderr
     for a, b in zip(read_journal(run_dir, "steady"), read_journal(run_dir, "moved"), strict=True):
@@ -176,7 +189,7 @@ def test_tokenize_stops_with_its_workers_and_goes_on(tmp_path: Path, electra: El
     wait_until(lambda: bool(list(tmp_path.glob("out/shards/*/tasks/*.json"))), process)
     workers = children_of(process.pid)
     process.terminate()
-    assert process.wait(60) == 85
+    assert process.wait(400) == 85
     assert workers
     deadline = time.monotonic() + 10
     while any(is_alive(worker) for worker in workers):
@@ -195,7 +208,7 @@ def test_two_runs_may_tokenize_one_corpus_at_once(tmp_path: Path, start: Start) 
     config.write_text(TINY.format(run_dir=tmp_path / "out", corpus=text), encoding="utf-8")
     settings = ["data.num_workers=2", "data.task_bytes=100000", "tokenizer.sample_bytes=200000"]
     both = [start("tokenize", config, f"run.name={name}", *settings) for name in ("one", "other")]
-    assert [process.wait(120) for process in both] == [0, 0]
+    assert [process.wait(400) for process in both] == [0, 0]
     assert len(list(tmp_path.glob("out/shards/*/MANIFEST.json"))) == 1
 
 
@@ -206,21 +219,28 @@ def test_evaluate_stops_and_goes_on(shared_config: Path, electra: Electra, start
     process = start("evaluate", *arguments, "evaluate.epochs=100000")
     wait_until(lambda: log.exists() and "units to do" in log.read_text(), process)
     process.send_signal(signal.SIGUSR2)
-    assert process.wait(60) == 85
+    assert process.wait(400) == 85
     electra("evaluate", *arguments)
 
 
 def test_a_signal_before_anything_has_begun_exits_85(shared_config: Path, start: Start) -> None:
     process = start("run", shared_config, "run.name=early", "train.steps=100000")
-    wait_until(lambda: bool(children_of(process.pid)), process)
-    time.sleep(0.7)  # the process of the stage is importing now
+    wait_until(lambda: any(is_a_stage(child) for child in children_of(process.pid)), process)
+    time.sleep(0.7)  # it is importing now
     process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 85
+    assert process.wait(400) == 85
 
 
 def children_of(pid: int) -> list[int]:
     found = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True, check=False)
     return [int(child) for child in found.stdout.split()]
+
+
+def is_a_stage(pid: int) -> bool:
+    try:
+        return b"\0RANK=" in Path(f"/proc/{pid}/environ").read_bytes()
+    except (ProcessLookupError, FileNotFoundError):
+        return False
 
 
 def is_alive(pid: int) -> bool:

@@ -54,7 +54,7 @@ def build_batch() -> Callable[..., MicroBatch]:
             token_types_BT=(positions > 3).long().expand(rows, -1),
             packing=Packing(pieces.expand(rows, -1)),
             masking=select_and_mask(token_ids, keys, MaskingRule(masked, 0.85, MASK_ID, (0, 2, 3, 4))),
-            sampling_seed=seed,
+            seed=seed,
         )
 
     return build_batch

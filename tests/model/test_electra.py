@@ -1,16 +1,18 @@
-"""Replaced token detection: labels, losses, gradients, sampling and the walls between pieces."""
+"""Replaced token detection: labels, losses, gradients, sampling, dropout and the walls between pieces."""
 
 import dataclasses
 import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from scipy import stats
-from torch.nn.functional import pad
 
 from model.batch import GlobalCounts, MicroBatch
 from model.electra import Electra
-from model.kernels.attention import Packing
+from model.kernels.attention import Packing, reference_attention
+from model.kernels.dropout import dropout_at, dropout_keys, reference_dropout
+from model.kernels.vocabulary import uniform
 from model.masking import Masking
 from model.statistics import FIELDS
 
@@ -30,14 +32,18 @@ def gradients(model: Electra, batch: MicroBatch, counts: GlobalCounts = COUNTS) 
 
 
 def sample_by_hand(model: Electra, logits_NV: torch.Tensor, seed: int) -> torch.Tensor:
-    """The Gumbel-max trick, token by token."""
-    noise = torch.empty_like(logits_NV).exponential_(generator=torch.Generator().manual_seed(seed))
+    """The first token at which the cumulated probabilities exceed a uniform number, token by token."""
     temperature = model.objective.temperature
     samples = []
-    for logits, draws in zip(logits_NV.tolist(), noise.tolist(), strict=True):
-        values = [x / temperature - math.log(e) for x, e in zip(logits, draws, strict=True)]
-        samples.append(values.index(max(values)))
+    for logits, draw in zip(logits_NV.tolist(), uniform(seed, len(logits_NV), "cpu").tolist(), strict=True):
+        powers = [math.exp((x - max(logits)) / temperature) for x in logits]
+        rest = draw * sum(powers)
+        samples.append(next(token for token in range(len(powers)) if sum(powers[: token + 1]) > rest))
     return torch.tensor(samples)
+
+
+def other_seed(batch: MicroBatch) -> MicroBatch:
+    return dataclasses.replace(batch, seed=batch.seed + 1)
 
 
 @pytest.mark.parametrize("changes", [{}, {"sharing": "none", "temperature": 2.0, "generator_loss_weight": 0.3}])
@@ -46,8 +52,8 @@ def test_the_loss_is_the_one_computed_by_hand(build_model, build_batch, changes)
     batch.masking.weights_BM[1, 4:] = 0  # a row with fewer tokens than positions
     loss, sums, rtd_logits_BT, is_replaced_BT = model(batch, COUNTS)
 
-    logits_BMV = model.generate(batch).logits_NV.detach().double().view(3, 6, -1)
-    sampled_BM = sample_by_hand(model, model.generate(batch).logits_NV.detach(), batch.sampling_seed).view(3, 6)
+    logits_BMV = model.generator_logits(batch).detach().double().view(3, 6, -1)
+    sampled_BM = sample_by_hand(model, logits_BMV.flatten(0, 1), batch.seed).view(3, 6)
     nll, correct, hidden, corrupted, labels = 0.0, 0, 0, batch.token_ids_BT.clone(), torch.zeros(3, 24, dtype=bool)
     for row in range(3):
         for m in range(6):
@@ -88,10 +94,29 @@ def test_a_token_is_labelled_replaced_only_where_the_sample_differs(build_model,
     original_BM = batch.token_ids_BT.gather(1, batch.masking.positions_BM)
     copies_BM = torch.arange(original_BM.numel()).view_as(original_BM) % 2 == 0
     sampled_BM = torch.where(copies_BM, original_BM, (original_BM + 1) % 50)
-    model.sample = lambda *_: sampled_BM.flatten()
+    generated = model.generate(batch)
+    predictions = dataclasses.replace(generated.predictions, sampled_N=sampled_BM.flatten())
+    model.generate = lambda _: dataclasses.replace(generated, predictions=predictions)
     is_replaced_BT = model(batch, COUNTS)[3]
     assert torch.equal(is_replaced_BT.gather(1, batch.masking.positions_BM), ~copies_BM)
     assert is_replaced_BT.sum() == (~copies_BM).sum()
+
+
+@pytest.mark.parametrize("kernels", ["reference", "torch"])
+def test_gradients_are_those_of_the_losses_as_they_are_written(build_model, build_batch, kernels):
+    """Of the logits that ``generator_logits`` and ``discriminate`` give, by torch's own losses, with dropout."""
+    model, batch = build_model(kernels, dropout=0.2, attention_dropout=0.2).double().train(), build_batch()
+    batch.masking.weights_BM[1, 4:] = 0
+    found = gradients(model, batch)
+    corrupted = model.corrupt(model.generate(batch), batch)
+    original_N = batch.token_ids_BT.gather(1, batch.masking.positions_BM).flatten()
+    nll_N = F.cross_entropy(model.generator_logits(batch), original_N, reduction="none")
+    logits_BT = model.discriminate(corrupted.token_ids_BT, batch)
+    bce = F.binary_cross_entropy_with_logits(logits_BT, corrupted.is_replaced_BT.float(), reduction="sum")
+    loss = (nll_N * batch.masking.weights_BM.flatten()).sum() / COUNTS.masked + 50 * bce / COUNTS.tokens
+    wanted = torch.autograd.grad(loss, list(model.parameters()))
+    for (name, gradient), expected in zip(found.items(), wanted, strict=True):
+        torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-8, msg=name)
 
 
 def test_the_discriminators_loss_does_not_train_the_generator(build_model, build_batch):
@@ -148,12 +173,12 @@ def test_padding_changes_neither_loss_nor_statistics(build_model, build_batch):
     counts = GlobalCounts(float(batch.num_masked), batch.num_tokens)
     padded = dataclasses.replace(
         batch,
-        token_ids_BT=pad(batch.token_ids_BT, (0, 8)),
-        positions_BT=pad(batch.positions_BT, (0, 8)),
-        token_types_BT=pad(batch.token_types_BT, (0, 8)),
-        packing=Packing(pad(batch.packing.pieces_BT, (0, 8), value=99)),
-        masking=dataclasses.replace(batch.masking, generator_ids_BT=pad(batch.masking.generator_ids_BT, (0, 8))),
-        is_unscored_BT=pad(torch.zeros(4, 16, dtype=torch.bool), (0, 8), value=True),
+        token_ids_BT=F.pad(batch.token_ids_BT, (0, 8)),
+        positions_BT=F.pad(batch.positions_BT, (0, 8)),
+        token_types_BT=F.pad(batch.token_types_BT, (0, 8)),
+        packing=Packing(F.pad(batch.packing.pieces_BT, (0, 8), value=99)),
+        masking=dataclasses.replace(batch.masking, generator_ids_BT=F.pad(batch.masking.generator_ids_BT, (0, 8))),
+        is_unscored_BT=F.pad(torch.zeros(4, 16, dtype=torch.bool), (0, 8), value=True),
     )
     assert padded.num_tokens == batch.num_tokens
     loss, sums, _, labels = model(batch, counts)
@@ -183,7 +208,7 @@ def test_a_batch_without_masked_positions_reaches_every_parameter(build_model, b
     model, batch = build_model(), without_masked_positions(build_batch())
     loss, sums, logits_BT, is_replaced_BT = model(batch, COUNTS)
     assert not is_replaced_BT.any()
-    expected = torch.nn.functional.softplus(logits_BT).sum() * 50 / COUNTS.tokens
+    expected = F.softplus(logits_BT).sum() * 50 / COUNTS.tokens
     torch.testing.assert_close(loss, expected)
     assert dict(zip(FIELDS, sums.tolist(), strict=True))["masked"] == 0
     for name, gradient in gradients(model, batch).items():
@@ -217,7 +242,7 @@ def test_a_token_does_not_see_the_other_pieces_of_its_row(build_model, build_bat
         batch, masking=dataclasses.replace(batch.masking, generator_ids_BT=batch.token_ids_BT)
     )
     in_middle_N = is_middle[batch.masking.positions_BM].flatten()
-    before, after = model.generate(original).logits_NV, model.generate(changed).logits_NV
+    before, after = model.generator_logits(original), model.generator_logits(changed)
     assert in_middle_N.any()
     assert torch.equal(before[~in_middle_N], after[~in_middle_N])
     assert (before[in_middle_N] != after[in_middle_N]).any(1).all()
@@ -239,57 +264,72 @@ def test_a_piece_in_a_row_is_encoded_as_if_it_stood_alone(build_model, build_bat
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
 @pytest.mark.parametrize("disallow_correct", [False, True])
-def test_samples_follow_the_softmax_of_the_logits(build_model, temperature, disallow_correct):
-    model = build_model(temperature=temperature, disallow_correct=disallow_correct)
-    logits_V = torch.tensor([0.0, 1.0, -1.5, 2.0, 0.3, -0.2])
-    draws = 40_000
-    sampled_N = model.sample(logits_V.expand(draws, -1), torch.full((draws,), 3), seed=3)
+def test_samples_follow_the_softmax_of_the_logits(build_model, build_batch, temperature, disallow_correct):
+    model, batch = build_model(temperature=temperature, disallow_correct=disallow_correct), build_batch(2000, 24, 20)
+    batch = dataclasses.replace(batch, token_ids_BT=torch.full_like(batch.token_ids_BT, 3))
+    logits_V = torch.full((50,), -torch.inf)
+    logits_V[:6] = torch.tensor([0.0, 1.0, -1.5, 2.0, 0.3, -0.2])
+    with torch.no_grad():  # the same logits at every position
+        model.embeddings.token.weight.zero_()
+        model.generator_head.output_bias.copy_(logits_V)
+        sampled_N = model.generate(batch).predictions.sampled_N
     probabilities_V = torch.softmax(logits_V.double() / temperature, 0)
     if disallow_correct:
         probabilities_V[3] = 0
         probabilities_V /= probabilities_V.sum()
-    counts_V = torch.bincount(sampled_N, minlength=6).double()
+    counts_V = torch.bincount(sampled_N, minlength=50).double()
     possible = probabilities_V > 0
     assert counts_V[~possible].sum() == 0
-    p_value = stats.chisquare(counts_V[possible], probabilities_V[possible] * draws).pvalue
+    p_value = stats.chisquare(counts_V[possible], probabilities_V[possible] * len(sampled_N)).pvalue
     assert 1e-4 < p_value < 1 - 1e-4
 
 
-def test_samples_follow_from_the_seed_and_leave_other_random_numbers_alone(build_model):
-    model, logits_NV = build_model(), torch.randn(200, 50)
-    original_N = torch.zeros(200, dtype=torch.long)
+def test_samples_follow_from_the_seed_and_leave_other_random_numbers_alone(build_model, build_batch):
+    model, batch = build_model(temperature=100.0, dropout=0.1, attention_dropout=0.1).eval(), build_batch(rows=30)
     state = torch.get_rng_state()
-    first, again, other = (model.sample(logits_NV, original_N, seed) for seed in (1, 1, 2))
+    first, again, other = (
+        model.generate(each).predictions.sampled_N for each in (batch, batch, other_seed(batch))
+    )  # fmt: skip
     assert torch.equal(first, again)
     assert (first != other).float().mean() > 0.5
+    gradients(model.train(), batch)
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_logits_and_loss_are_fp32_under_bf16_autocast(build_model, build_batch):
-    model, batch = build_model(temperature=1e-5), build_batch()
+@pytest.mark.parametrize("kernels", ["reference", "torch"])
+def test_logits_and_losses_of_bf16_weights_are_fp32(build_model, build_batch, kernels):
+    model, batch = build_model(kernels), build_batch()
     expected = model(batch, COUNTS)[0]
-    with torch.autocast("cpu", torch.bfloat16):
-        loss, _, rtd_logits_BT, _ = model(batch, COUNTS)
-        assert model.generate(batch).logits_NV.dtype == rtd_logits_BT.dtype == loss.dtype == torch.float32
+    nll_N = model.generate(batch).predictions.nll_N
+    rounded = model.bfloat16()
+    loss, sums, rtd_logits_BT, _ = rounded(batch, COUNTS)
+    generated = rounded.generate(batch)
+    dtypes = {x.dtype for x in (loss, rtd_logits_BT, generated.predictions.nll_N, rounded.generator_logits(batch))}
+    assert dtypes == {torch.float32}
+    assert generated.hidden_NG.dtype == torch.bfloat16
+    assert sums.dtype == torch.float64
+    assert (generated.predictions.nll_N != generated.predictions.nll_N.bfloat16()).any()
+    torch.testing.assert_close(generated.predictions.nll_N, nll_N, rtol=0.05, atol=0.1)
     torch.testing.assert_close(loss, expected, rtol=0.1, atol=0)
 
 
 @pytest.mark.parametrize("changes", [{"dropout": 0.1}, {"attention_dropout": 0.1}])
-def test_dropout_is_on_in_training_in_both_networks_and_off_in_evaluation(build_model, build_batch, changes):
+@pytest.mark.parametrize("kernels", ["reference", "torch"])
+def test_dropout_is_on_in_training_in_both_networks_and_off_in_evaluation(build_model, build_batch, kernels, changes):
     """The generator samples in the pass that trains it, with dropout, as released."""
-    model, batch = build_model(**changes), build_batch()
+    model, batch = build_model(kernels, **changes), build_batch()
     for network in (
-        lambda batch: model.generate(batch).logits_NV,
+        lambda batch: model.generate(batch).hidden_NG,
         lambda batch: model.discriminate(batch.token_ids_BT, batch),
     ):
         model.train()
-        torch.manual_seed(0)
-        first, second = network(batch), network(batch)
-        torch.manual_seed(0)
+        first = network(batch)
+        torch.manual_seed(0)  # the micro-batch's seed says all
         assert torch.equal(network(batch), first)
-        assert not torch.equal(second, first)
+        assert not torch.equal(network(other_seed(batch)), first)
         model.eval()
-        assert torch.equal(network(batch), network(batch))
+        assert torch.equal(network(batch), network(other_seed(batch)))
+        assert not torch.equal(network(batch), first)
 
 
 def test_weights_start_as_released(build_model):
@@ -319,23 +359,34 @@ def test_projections_can_start_like_all_other_layers(build_model):
         assert model.get_submodule(name).weight.abs().max() <= 0.04, name
 
 
-class Ramp(torch.nn.Module):
-    """In place of dropout: a factor for each unit, which neither a projection nor LayerNorm lets pass unseen."""
+@pytest.mark.parametrize("kernels", ["reference", "torch"])
+@pytest.mark.parametrize("network", ["generator", "discriminator"])
+def test_dropout_stands_where_the_released_code_has_it(build_model, build_batch, network, kernels):
+    """On the normalised embeddings, the probabilities of attention, and the outputs of attention and feed-forward,
+    each before the residual sum; each with a key of its own."""
+    model, batch = build_model(kernels, dropout=0.3, attention_dropout=0.2, sharing="none"), build_batch()
+    encoder = model.get_submodule(network)
+    embeddings = model.embeddings if network == "discriminator" else model.generator_embeddings
+    keys_S = iter(dropout_keys(batch.seed, int(network == "discriminator"), 1 + 3 * len(encoder.layers), "cpu"))
 
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        return hidden * torch.linspace(0.5, 2.0, hidden.shape[-1])
+    def drop(x: torch.Tensor) -> torch.Tensor:
+        return reference_dropout(x, dropout_at(next(keys_S)[None], 0, 0.3))
 
-
-def test_dropout_stands_where_the_released_code_has_it(build_model, build_batch):
-    """On the normalised embeddings, the attention's output and the feed-forward's, each before the residual sum."""
-    model, batch, ramp = build_model(), build_batch(), Ramp()
-    encoder = model.discriminator
-    encoder.dropout = ramp
-    embedded = model.embeddings(batch.token_ids_BT, batch.positions_BT, batch.token_types_BT)
-    hidden = encoder.embeddings_project(ramp(embedded))
+    ids_BT = batch.masking.generator_ids_BT
+    hidden = drop(embeddings(ids_BT, batch.positions_BT, batch.token_types_BT))
+    if encoder.embeddings_project is not None:
+        hidden = encoder.embeddings_project(hidden)
     for layer in encoder.layers:
-        layer.dropout = ramp
-        hidden = layer.attention_layer_norm(hidden + ramp(layer.attention(hidden, batch.packing)))
-        inner = torch.nn.functional.gelu(layer.feed_forward_in(hidden))
-        hidden = layer.feed_forward_layer_norm(hidden + ramp(layer.feed_forward_out(inner)))
-    torch.testing.assert_close(model.encode(batch.token_ids_BT, batch), hidden)
+        qkv = layer.attention.query_key_value(hidden).unflatten(-1, (3, layer.attention.heads, -1))
+        context = reference_attention(qkv, batch.packing, dropout_at(next(keys_S)[None], 0, 0.2))
+        hidden = layer.attention_layer_norm(hidden + drop(layer.attention.output(context.flatten(2))))
+        inner = F.gelu(layer.feed_forward_in(hidden))
+        hidden = layer.feed_forward_layer_norm(hidden + drop(layer.feed_forward_out(inner)))
+    assert next(keys_S, None) is None
+    model.train()
+    if network == "discriminator":
+        found = model.encode(ids_BT, batch)
+    else:
+        found = model.generator_hidden(batch)
+        hidden = hidden[torch.arange(3)[:, None], batch.masking.positions_BM].flatten(0, 1)
+    torch.testing.assert_close(found, hidden)

@@ -28,8 +28,7 @@ def sums_of(model: Electra, batch: MicroBatch, **arguments) -> dict[str, float]:
 
 
 def corrupt(model: Electra, batch: MicroBatch) -> torch.Tensor:
-    generated = model.generate(batch)
-    return replace(batch.token_ids_BT, batch.masking, model.sample(generated.logits_NV, generated.original_N, 1))
+    return replace(batch.token_ids_BT, batch.masking, model.generate(batch).predictions.sampled_N)
 
 
 def originals(batch: MicroBatch) -> torch.Tensor:
@@ -45,7 +44,7 @@ def batch(build_batch) -> MicroBatch:
 
 
 def generators_loss(model: Electra, batch: MicroBatch) -> float:
-    nll_N = F.cross_entropy(model.generate(batch).logits_NV, originals(batch).flatten(), reduction="none")
+    nll_N = F.cross_entropy(model.generator_logits(batch), originals(batch).flatten(), reduction="none")
     return float((nll_N * batch.masking.weights_BM.flatten()).sum() / COUNTS.masked)
 
 
@@ -63,7 +62,8 @@ def test_electra_15_scores_the_selected_positions_alone(build_model, batch):
 
 def predict(model: Electra, read_BT: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
     """Log-probabilities of the main network at every position, ``(B, T, V)``."""
-    logits_NV = model.prediction_head(model.encode(read_BT, batch).flatten(0, 1), model.embeddings.token_table())
+    hidden_NH = model.encode(read_BT, batch).flatten(0, 1)
+    logits_NV = model.prediction_head.logits(hidden_NH, model.embeddings.token_table())
     return logits_NV.log_softmax(-1).view(*read_BT.shape, -1)
 
 
@@ -149,14 +149,14 @@ def test_the_baseline_learns_the_reward():
 def test_adversarial_training_rewards_the_generator_with_the_discriminators_loss(build_model, batch):
     model = build_model(training="adversarial", sharing="none", discriminator_loss_weight=50.0)
     generated = model.generate(batch)
-    sampled_N = model.sample(generated.logits_NV.detach(), generated.original_N, batch.sampling_seed)
+    sampled_N = generated.predictions.sampled_N
     corrupted_BT = replace(batch.token_ids_BT, batch.masking, sampled_N)
     logits_BT = model.discriminate(corrupted_BT, batch).detach()
     bce_BT = F.binary_cross_entropy_with_logits(
         logits_BT, (corrupted_BT != batch.token_ids_BT).float(), reduction="none"
     )
     reward_N = bce_BT.gather(1, batch.masking.positions_BM).flatten()
-    log_p_N = generated.logits_NV.log_softmax(-1).gather(1, sampled_N[:, None]).squeeze(1)
+    log_p_N = model.generator_logits(batch).log_softmax(-1).gather(1, sampled_N[:, None]).squeeze(1)
     baseline_N = -F.logsigmoid(model.baseline(generated.hidden_NG)).detach()
     policy = -((reward_N - baseline_N) * log_p_N * generated.weights_N).sum() / COUNTS.masked
     wanted = gradients(model, policy)
@@ -257,7 +257,7 @@ def test_both_copies_of_a_position_count_in_the_generators_loss(build_model, bui
     assert (masking.positions_BM.sort().values.diff() == 0).any()
     model, batch = build_model(), dataclasses.replace(batch, masking=masking)
     assert sums_of(model, batch)["masked"] == 72
-    nll_N = F.cross_entropy(model.generate(batch).logits_NV, originals(batch).flatten())
+    nll_N = F.cross_entropy(model.generator_logits(batch), originals(batch).flatten())
     assert sums_of(model, batch)["generator_nll"] == pytest.approx(72 * float(nll_N), rel=1e-5)
 
 
@@ -281,10 +281,13 @@ def test_a_control_draws_from_its_distribution_without_weights(build_model, buil
     shares_V = torch.arange(50.0)
     shares_V[:5] = 0
     model.set_control((shares_V / shares_V.sum()).log())
-    assert model.bfloat16().generate(build_batch()).logits_NV.dtype == torch.float32
+    assert model.bfloat16().generate(build_batch()).predictions.nll_N.dtype == torch.float32
     model.float()
     batch = build_batch(rows=200)
-    sampled_N = model.sample(model.generate(batch).logits_NV, originals(batch).flatten(), 3)
+    predictions = model.generate(batch).predictions
+    sampled_N, original_N = predictions.sampled_N, originals(batch).flatten()
+    torch.testing.assert_close(predictions.nll_N, -(shares_V / shares_V.sum())[original_N].log())
+    assert torch.equal(predictions.is_correct_N, original_N == 49)
     assert sampled_N.min() >= 5
     mean = float((shares_V * torch.arange(50.0)).sum() / shares_V.sum())
     assert abs(sampled_N.double().mean() - mean) < 5 * float(sampled_N.double().std()) / len(sampled_N) ** 0.5
@@ -292,8 +295,9 @@ def test_a_control_draws_from_its_distribution_without_weights(build_model, buil
 
 def test_the_generators_dropout_can_be_its_own(build_model, batch):
     model = build_model(dropout=0.3, attention_dropout=0.3, generator_dropout=0.0).train()
-    assert torch.equal(model.generate(batch).logits_NV, model.generate(batch).logits_NV)
-    assert not torch.equal(model.encode(batch.token_ids_BT, batch), model.encode(batch.token_ids_BT, batch))
+    other = dataclasses.replace(batch, seed=batch.seed + 1)
+    assert torch.equal(model.generator_logits(batch), model.generator_logits(other))
+    assert not torch.equal(model.encode(batch.token_ids_BT, batch), model.encode(batch.token_ids_BT, other))
 
 
 def test_a_batch_of_weight_zero_moves_nothing_under_any_objective(build_model, batch):
@@ -309,18 +313,18 @@ def test_a_batch_of_weight_zero_moves_nothing_under_any_objective(build_model, b
 
 def policy_by_hand(model: Electra, batch: MicroBatch, logits_NV: torch.Tensor) -> torch.Tensor:
     generated = model.generate(batch)
-    corrupted = model.corrupt(generated, batch)
+    corrupted, sampled_N = model.corrupt(generated, batch), generated.predictions.sampled_N
     bce_BT = model.discriminator_loss(corrupted, batch, COUNTS).bce_BT
     reward_N = bce_BT.gather(1, batch.masking.positions_BM).flatten()
     baseline_N = -F.logsigmoid(model.baseline(generated.hidden_NG)).detach()
-    log_p_N = logits_NV.log_softmax(-1).gather(1, corrupted.sampled_N[:, None]).squeeze(1)
+    log_p_N = logits_NV.log_softmax(-1).gather(1, sampled_N[:, None]).squeeze(1)
     return -((reward_N - baseline_N) * log_p_N * generated.weights_N).sum() / COUNTS.masked
 
 
 @pytest.mark.parametrize("changes", [{"temperature": 2.0}, {"disallow_correct": True}])
 def test_the_policy_is_the_distribution_that_is_sampled(build_model, batch, changes):
     model = build_model(training="adversarial", sharing="none", discriminator_loss_weight=0.0, **changes)
-    logits_NV = model.generate(batch).logits_NV / changes.get("temperature", 1.0)
+    logits_NV = model.generator_logits(batch) / changes.get("temperature", 1.0)
     if "disallow_correct" in changes:
         logits_NV = logits_NV.scatter(1, originals(batch).view(-1, 1), -torch.inf)
     wanted = gradients(model, policy_by_hand(model, batch, logits_NV))
@@ -342,8 +346,9 @@ def with_replacement(batch: MicroBatch) -> MicroBatch:
 
 def test_samples_that_were_averaged_have_no_reward(build_model, build_batch):
     model, batch = build_model(training="adversarial"), with_replacement(build_batch())
-    corrupted = model.corrupt(model.generate(batch), batch)
-    stands_N = corrupted.token_ids_BT.gather(1, batch.masking.positions_BM).flatten() == corrupted.sampled_N
+    generated = model.generate(batch)
+    read_BT = model.corrupt(generated, batch).token_ids_BT
+    stands_N = read_BT.gather(1, batch.masking.positions_BM).flatten() == generated.predictions.sampled_N
     assert 0 < stands_N.sum() < 72
     assert sums_of(model, batch)["rewarded"] == stands_N.sum()
 

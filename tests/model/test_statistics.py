@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from sklearn.metrics import precision_score, recall_score, roc_auc_score
+from sklearn.metrics import log_loss, precision_score, recall_score, roc_auc_score
 
-from model.statistics import FIELDS, Statistics, count_ordered_pairs, detection_sums, generator_sums
+from model.kernels.detection import COUNTS, reference_detect
+from model.statistics import FIELDS, Statistics, count_ordered_pairs, generator_sums, pair_sums
 
 
 @pytest.mark.parametrize("levels", [1, 2, 5, 10_000])
@@ -36,23 +37,25 @@ def test_pairs_are_counted_exactly_beyond_the_range_of_float32():
     assert [float(x) for x in count_ordered_pairs(scores, positive, ~positive)] == [1e8, 1e8]
 
 
+def detection_sums(arrays: dict[str, torch.Tensor], scored_BT: torch.Tensor) -> dict[str, torch.Tensor]:
+    logits_BT, labels_BT = arrays["logits_BT"], arrays["is_replaced_BT"]
+    sums_6 = reference_detect(logits_BT, labels_BT, scored_BT).sums
+    return dict(zip(COUNTS, sums_6, strict=True)) | pair_sums(logits_BT, labels_BT, scored_BT)
+
+
 def collect(seed: int, weight: float = 1.0) -> tuple[Statistics, dict[str, torch.Tensor]]:
     draw = torch.Generator().manual_seed(seed)
     arrays = {
         "nll_N": torch.rand(12, generator=draw),
-        "logits_NV": torch.rand(12, 4, generator=draw),
-        "original_N": torch.randint(0, 4, (12,), generator=draw),
+        "is_correct_N": torch.rand(12, generator=draw) < 0.4,
         "weights_N": (torch.arange(12) < 10).float() * weight,
         "is_concealed_N": (torch.rand(12, generator=draw) < 0.85).float(),
-        "bce_BT": torch.rand(3, 20, generator=draw),
         "logits_BT": torch.randn(3, 20, generator=draw),
         "is_replaced_BT": torch.rand(3, 20, generator=draw) < 0.3,
     }
     scored_BT = torch.full((3, 20), weight)
     sums = generator_sums(**{name: value for name, value in arrays.items() if not name.endswith("BT")})
-    sums |= detection_sums(
-        **{name: value for name, value in arrays.items() if name.endswith("BT")}, scored_BT=scored_BT
-    )
+    sums |= detection_sums(arrays, scored_BT)
     sums |= {"tokens": scored_BT.sum(), "replaced": (scored_BT * arrays["is_replaced_BT"]).sum()}
     return Statistics.of("cpu", sums), arrays
 
@@ -64,13 +67,13 @@ def test_metrics_are_what_their_names_say():
     nll, hidden = arrays["nll_N"][counted], arrays["is_concealed_N"][counted].bool()
     labels, scores = arrays["is_replaced_BT"].flatten(), arrays["logits_BT"].flatten()
     guesses = scores > 0
-    correct = arrays["logits_NV"].argmax(1) == arrays["original_N"]
+    bce = log_loss(labels, scores.double().sigmoid())
     expected = {
         "train/generator_mlm_loss": nll.mean(),
         "train/mask_token_loss": nll[hidden].mean(),
-        "train/discriminator_rtd_loss": arrays["bce_BT"].mean(),
-        "train/total_loss": nll.mean() + 50 * arrays["bce_BT"].mean(),
-        "train/generator_accuracy": correct[counted].float().mean(),
+        "train/discriminator_rtd_loss": bce,
+        "train/total_loss": nll.mean() + 50 * bce,
+        "train/generator_accuracy": arrays["is_correct_N"][counted].float().mean(),
         "train/discriminator_accuracy": (guesses == labels).float().mean(),
         "train/discriminator_auc": roc_auc_score(labels, scores),
         "train/discriminator_precision": precision_score(labels, guesses),
@@ -85,8 +88,9 @@ def test_sums_of_micro_batches_add_up():
     total = Statistics.zeros() + first + second
     assert torch.equal(total.sums, first.sums + second.sums)
     metrics = total.metrics(1.0, 1.0)
+    labels, scores = (torch.cat([x[name].flatten() for x in (a, b)]) for name in ("is_replaced_BT", "logits_BT"))
     assert metrics["train/discriminator_rtd_loss"] == pytest.approx(
-        float(torch.cat([a["bce_BT"], b["bce_BT"]]).mean()), rel=1e-6
+        log_loss(labels, scores.double().sigmoid()), rel=1e-6
     )
 
 
@@ -103,9 +107,8 @@ def test_there_is_one_sum_for_each_field():
 def test_recall_is_over_the_tokens_that_are_scored():
     _, arrays = collect(1)
     scored_BT = (torch.arange(60).view(3, 20) % 3 > 0).float()
-    parts = {name: arrays[name] for name in ("bce_BT", "logits_BT", "is_replaced_BT")}
     every = {"tokens": torch.tensor(60.0), "replaced": arrays["is_replaced_BT"].sum()}
-    metrics = Statistics.of("cpu", detection_sums(**parts, scored_BT=scored_BT) | every).metrics(1.0, 1.0)
+    metrics = Statistics.of("cpu", detection_sums(arrays, scored_BT) | every).metrics(1.0, 1.0)
     counted = scored_BT.bool()
     labels, guesses = arrays["is_replaced_BT"][counted], arrays["logits_BT"][counted] > 0
     assert metrics["train/discriminator_recall"] == pytest.approx(recall_score(labels, guesses))

@@ -112,7 +112,7 @@ def shape_of(config: ModelConfig, role: str) -> EncoderShape:
 def our_logits(model: Electra, role: str, batch: MicroBatch) -> Tensor:
     if role == "discriminator":
         return model.discriminate(batch.token_ids_BT, batch)
-    return model.generate(batch).logits_NV.unflatten(0, batch.token_ids_BT.shape)
+    return model.generator_logits(batch).unflatten(0, batch.token_ids_BT.shape)
 
 
 def loss_of(logits: Tensor, role: str) -> Tensor:
@@ -226,7 +226,7 @@ def test_networks_that_predict_tokens_are_masked_language_models(name: str, tmp_
     write_folder(tmp_path, weights, config, config.discriminator, PAD_ID)
     batch = text.packed()
     hidden = model.encode(batch.token_ids_BT, batch)
-    ours = model.prediction_head(hidden, model.embeddings.token_table())[0]  # type: ignore[operator]
+    ours = model.prediction_head.logits(hidden, model.embeddings.token_table())[0]  # type: ignore[operator]
     expected = text.real(load(tmp_path, "generator")(**text.theirs()).logits)
     torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5)
     back = read_folder(tmp_path)

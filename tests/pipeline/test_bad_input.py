@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -176,8 +177,9 @@ def test_too_little_space_is_known_before_the_first_step(config_path: Path, monk
     from pipeline.plan import make_plan
 
     monkeypatch.setattr(pretrain, "free_bytes", lambda path: 1000)
-    with pytest.raises(ConfigError, match=r"0\.00 GiB free, but two checkpoints need .* set run\.dir"):
-        pretrain._check_disk(config_path.parent, make_plan(load_config(config_path), 1))
+    with pytest.raises(ConfigError, match=r"0\.00 GiB free, but .*keep_every keep need .* set run\.dir"):
+        control = Mock(is_first=True, broadcast=lambda problem: problem)
+        pretrain._check_disk(config_path.parent, make_plan(load_config(config_path), 1), control)
 
 
 def test_missing_task_data_and_unknown_task(config_path: Path, electra: Electra, write_task) -> None:

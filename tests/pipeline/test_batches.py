@@ -120,9 +120,21 @@ def test_every_micro_batch_of_every_step_has_seeds_of_its_own(config_path):
     config = load_config(config_path)
     plan = make_plan(config, 1, VOCAB_SIZE)
     batches = MicroBatches(config, plan, Process(), SameRows(), "cpu")
-    seeds = [batch.sampling_seed for step in range(3) for _, batch in batches.of_step(step)]
-    seeds += [batches.dropout_seed(step, number) for step in range(3) for number in range(4)]
-    assert len(seeds) == len(set(seeds)) == 24
+    seeds = [batch.seed for step in range(3) for _, batch in batches.of_step(step)]
+    assert len(seeds) == len(set(seeds)) == 12
+
+
+def test_a_micro_batch_has_the_same_seed_whichever_process_runs_it(config_path):
+    """Samples and dropout follow from it."""
+    config = load_config(config_path)
+
+    def seeds(world_size: int) -> dict[int, int]:
+        plan = make_plan(config, world_size, VOCAB_SIZE)
+        processes = (MicroBatches(config, plan, Process(r, world_size), SameRows(), "cpu") for r in range(world_size))
+        return {number: each.seed for batches in processes for number, each in batches.of_step(7) if each.weight}
+
+    assert len(seeds(1)) == 4
+    assert seeds(1) == seeds(2) == seeds(3)
 
 
 def test_a_process_without_a_micro_batch_gets_one_of_weight_zero(config_path):

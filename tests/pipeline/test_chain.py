@@ -1,11 +1,22 @@
 """What a command would do and why; refused changes and the three ways on."""
 
 import json
+import os
+import time
+from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from tests.conftest import Electra, read_journal
+from pipeline import chain, shipper
+from pipeline.config import Config
+from pipeline.config_file import load_config
+from pipeline.distributed import Process
+from pipeline.errors import ElectraError, StoppedEarly
+from pipeline.goodput import Ledger, read_attempts
+from pipeline.stages import read_record, run_lock, stage_folder
+from tests.conftest import TINY, Electra, make_text, read_journal
 
 STEPS = ["train.steps=4", "train.checkpoint_every=2"]
 
@@ -126,6 +137,22 @@ def test_lost_final_checkpoint_is_trained_again(done: Path, electra: Electra) ->
     assert len(read_journal(done.parent / "out", "lost")) == 4
 
 
+def test_checkpoints_that_have_vanished_are_no_fresh_start(done: Path, electra: Electra) -> None:
+    arguments = ["pretrain", done, "run.name=vanished", *STEPS]
+    electra("run", *arguments[1:])
+    folder = done.parent / "out/runs/vanished/pretrain"
+    journal = (folder / "journal.jsonl").read_bytes()
+    (folder / "checkpoints").rename(folder / "elsewhere")
+    refused = electra(*arguments, code=65).stderr
+    assert "holds no checkpoint although this run has had some" in refused and "--force pretrain" in refused
+    (folder / "stage.json").write_text((folder / "stage.json").read_text().replace('"done"', '"stopped"'))
+    assert "holds no checkpoint" in electra(*arguments, code=65).stderr  # nor of a run that was under way
+    assert (folder / "journal.jsonl").read_bytes() == journal
+    (folder / "elsewhere").rename(folder / "checkpoints")
+    electra(*arguments)
+    assert len(read_journal(done.parent / "out", "vanished")) == 4
+
+
 def test_force_of_a_stage_that_does_not_run(done: Path, electra: Electra) -> None:
     refused = electra(
         "run", done, "run.name=chain", *STEPS, "--until", "tokenize", "--force", "pretrain", code=64
@@ -163,9 +190,6 @@ def test_single_stages_in_separate_commands(config_path: Path, electra: Electra)
 
 
 def test_two_commands_on_one_run(done: Path, electra: Electra) -> None:
-    from pipeline.config_file import load_config
-    from pipeline.stages import run_lock
-
     with run_lock(load_config(done, ("run.name=chain",))):
         assert "in use by another process" in electra("run", done, "run.name=chain", *STEPS, code=78).stderr
 
@@ -180,3 +204,90 @@ def test_finished_shards_serve_when_the_text_is_gone(config_path: Path, electra:
     said = electra("run", config_path, corpora, "tokenizer.vocab_size=60", *STEPS).stderr
     assert "the text was not compared" in said
     assert "pretrain: done" in said
+
+
+def test_a_run_goes_on_at_another_path_without_its_text(electra: Electra, tmp_path: Path) -> None:
+    here, there = tmp_path / "here", tmp_path / "there"
+    steps = ["train.steps=6", "train.checkpoint_every=2"]  # what is saved at step 4 waits for the first one's write
+    here.mkdir()
+    (here / "text.txt").write_text(make_text(300))
+    (here / "tiny.yaml").write_text(TINY.format(run_dir="out", corpus="text.txt"))
+    electra("tokenize", here / "tiny.yaml")
+    lost = {"ELECTRA_FAULT": "kill@step=5"}
+    electra("pretrain", here / "tiny.yaml", *steps, "launch.restarts=0", code=1, **lost)
+    here.rename(there)
+    (there / "text.txt").unlink()
+    electra("sync", there / "tiny.yaml", *steps, "tracking.uri=auto")
+    plan = plan_of(electra, there / "tiny.yaml", *steps)
+    assert plan["pretrain"].startswith("resume  from step")
+    assert plan["tokenize"].startswith("reuse   up to date; the text was not compared")
+    electra("export", there / "out/runs/tiny", tmp_path / "exported", "--license", "mit")
+    assert " documents, " in (tmp_path / "exported/discriminator/README.md").read_text()
+    assert not here.exists()
+
+
+def test_the_last_seconds_of_a_lost_run_went_into_the_failure(
+    config_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = load_config(config_path)
+    monkeypatch.setenv("ELECTRA_ALLOCATION", f"4711-0@{time.time()}")
+
+    def launch(*_: object) -> int:
+        Ledger(stage_folder(config, "pretrain"), 1).write()
+        return 7
+
+    monkeypatch.setattr(chain, "launch", launch)
+    with pytest.raises(ElectraError):
+        chain._run_here(config, "pretrain", chain.Decision("pretrain", "run", "", {}), [], 0.0)
+    (attempt,) = read_attempts(stage_folder(config, "pretrain"))
+    assert attempt.seconds["down"] > 0 and attempt.seconds["drain"] == 0
+
+
+class Element:
+    """One of the elements of an array that evaluate: what `execute_stage` sees of the others is their signs of life."""
+
+    def __init__(self, config: Config, monkeypatch: pytest.MonkeyPatch):
+        self._config, self._monkeypatch = config, monkeypatch
+
+    def ends(self, how: bool | Exception) -> str:
+        """The state in the record after this element's end."""
+
+        def story(*_: object) -> bool:
+            if isinstance(how, Exception):
+                raise how
+            return how
+
+        self._monkeypatch.setitem(chain._STORIES, "evaluate", story)
+        with run_lock(self._config, shared=True), suppress(ElectraError):
+            chain.execute_stage(self._config, chain.Decision("evaluate", "run", "", {}), Process())
+        record = read_record(self._config, "evaluate")
+        assert record
+        return record.state
+
+    def is_alive_to_mlflow(self) -> bool:
+        """What the shipper's last pass says when this element has left."""
+        said: list[bool] = []
+        mirror = SimpleNamespace(mirror=lambda owner_alive: said.append(owner_alive))
+        self._monkeypatch.setattr(shipper, "_connect", lambda *_: mirror)
+        self._monkeypatch.setattr(shipper, "_listen", lambda _: "end")
+        with run_lock(self._config, shared=True):
+            assert shipper._ship(self._config.run_folder, "", "", os.getpid()) == 0
+        return said[0]
+
+
+@pytest.mark.parametrize("how", [StoppedEarly(""), ElectraError(""), False])
+def test_the_last_element_of_an_array_ends_the_record(
+    config_path: Path, monkeypatch: pytest.MonkeyPatch, how: bool | Exception
+) -> None:
+    config = load_config(config_path)
+    element = Element(config, monkeypatch)
+    config.run_folder.mkdir(parents=True)
+    other = config.run_folder / ".at_work_shared.node08~7.tmp"
+    other.touch()
+    assert element.ends(how) == "running"
+    assert element.is_alive_to_mlflow()
+    other.unlink()
+    assert not element.is_alive_to_mlflow()
+    assert element.ends(how) == ("failed" if type(how) is ElectraError else "stopped")
+    other.touch()  # in another stage of the run, or on its way out
+    assert not element.is_alive_to_mlflow()

@@ -323,7 +323,7 @@ def test_predictions_do_not_depend_on_the_batch(tmp_path: Path, monkeypatch: pyt
 def test_bf16_is_what_it_says(tmp_path: Path) -> None:
     model, _, processor = training(tmp_path, recipe())
     seen = []
-    model.discriminator.layers[0].feed_forward_in.register_forward_hook(lambda *a: seen.append(a[2].dtype))
+    model.discriminator.layers[0].attention.output.register_forward_hook(lambda *a: seen.append(a[2].dtype))
     for precision in ("fp32", "bf16"):
         predict(model, processor, processor.features("dev"), recipe(precision=precision), "cpu")
     assert seen == [torch.float32, torch.bfloat16]

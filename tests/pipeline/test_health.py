@@ -1,4 +1,5 @@
-"""A discriminator that stays at chance is noticed, also across a restart, and the warning says what to change."""
+"""A discriminator that stays at chance is noticed, also across a restart, and the warning says what to change; so are
+processes that all others wait for."""
 
 import logging
 from pathlib import Path
@@ -6,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.config_file import load_config
-from pipeline.health import ChanceWatch
+from pipeline.health import ChanceWatch, SlowWatch
 from pipeline.journal import Entry
 
 
@@ -86,3 +87,24 @@ def test_a_run_whose_discriminator_learns_nothing_warns(electra, shared_config):
         "train.micro_batch_size=64", "train.checkpoint_every=20",
     )  # fmt: skip
     assert "the discriminator is at chance" in done.stderr
+
+
+def test_a_process_that_all_wait_for_is_named_with_its_node(caplog) -> None:
+    watch = SlowWatch(["n1", "n1", "n2", "n2"])
+    once, slow = [1.0, 1.1, 1.4, 1.0], [1.0, 1.1, 1.7, 1.0]
+    for seconds in (slow, slow, once, slow, slow):
+        watch.observe(seconds)
+    assert caplog.text == ""
+    watch.observe(slow)
+    assert "slow for 3 logged intervals in a row: rank 2 on n2 (1.7 times the median)" in caplog.text
+    caplog.clear()
+    watch.observe(slow)
+    assert caplog.text == ""  # not in every line
+    SlowWatch(["n1"]).observe([0.0])
+
+
+def test_of_two_the_slower_one_is_compared_with_the_other(caplog) -> None:
+    watch = SlowWatch(["n1", "n2"])
+    for _ in range(3):
+        watch.observe([1.0, 1.6])
+    assert "rank 1 on n2 (1.6 times the median)" in caplog.text

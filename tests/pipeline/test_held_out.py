@@ -128,7 +128,7 @@ def test_a_process_with_one_micro_batch_less_keeps_in_step_without_counting(conf
     metrics = score(config_path, engine, folder, 401, process=Process(rank=1, world_size=2))
     assert len(engine.batches) == 101  # micro-batches of 2 rows: 201, of which this process has 100
     assert [batch.weight for batch in engine.batches] == [1.0] * 100 + [0.0]
-    assert len({batch.sampling_seed for batch in engine.batches}) == 101
+    assert len({batch.seed for batch in engine.batches}) == 101
     assert abs(metrics["held_out/discriminator_auc"] - 0.5) < 4 * metrics["held_out/discriminator_auc_standard_error"]
 
 

@@ -320,7 +320,8 @@ def test_a_run_that_has_started_needs_its_folder_no_more(
     shutil.rmtree(checkpoints.step_folder(run / "checkpoints", 2))
     assert "restored step 1 from" in electra("pretrain", *arguments).stderr
     shutil.rmtree(run / "checkpoints")
-    assert "no such folder" in electra("pretrain", *arguments, code=78).stderr  # to start again needs it
+    again = ("run", *arguments, "--until", "pretrain", "--force", "pretrain")
+    assert "no such folder" in electra(*again, code=78).stderr  # to start again needs it
     generator = f"train.initial_generator={folder}"
     for unknown in (("run.name=fresh",), (generator,)):
         refused = load_config(config_path, (*map(str, arguments[1:]), *unknown))

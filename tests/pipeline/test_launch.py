@@ -45,9 +45,9 @@ def tell_to_stop_when_ready(tmp_path: Path, count: int) -> threading.Thread:
     return thread
 
 
-@pytest.mark.parametrize(
-    ("handler", "code"), [(ANSWERS.format(0), 0), (ANSWERS.format(85), 85), (ANSWERS.format(93), 93), ("", 85)]
-)
+@pytest.mark.parametrize(("handler", "code"), [
+    (ANSWERS.format(0), 0), (ANSWERS.format(85), 85), (ANSWERS.format(75), 85), (ANSWERS.format(93), 93), ("", 85),
+])  # fmt: skip
 def test_exit_code_of_a_process_that_is_told_to_stop(
     tmp_path: Path, pretend: Callable[[str], None], handler: str, code: int
 ) -> None:
@@ -93,11 +93,26 @@ def test_one_process_needs_no_port() -> None:
         "from pipeline.distributed import Control, Process, init_process_group\n"
         "init_process_group(Process(), 'cpu')\nbox = torch.ones(1)\ndist.all_reduce(box)\n"
         "dist.barrier(dist.new_group(backend='gloo'))\nprint(box.item(), Control('cpu').gather(3))\n"
+        "dist.destroy_process_group()\n"
     )
     environment = {key: value for key, value in os.environ.items() if not key.startswith("MASTER_")}
     environment |= {"MASTER_PORT": "1"}  # which nobody may listen at
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["1.0", "[3]"]
+
+
+def test_a_process_whose_group_is_left_behind_keeps_its_exit_code() -> None:
+    """Nothing of the interpreter's end is run, where gloo's threads might abort it; but what was said comes out."""
+    code = (
+        "import atexit, sys, torch, torch.distributed as dist\n"
+        "from pipeline.distributed import Process, exit_process, init_process_group\n"
+        "atexit.register(print, 'finalized')\n"
+        "if 'group' in sys.argv: init_process_group(Process(), 'cpu')\n"
+        "print('said'); exit_process(75)\n"
+    )
+    for argument, said in (("group", "said\n"), ("alone", "said\nfinalized\n")):
+        done = subprocess.run([sys.executable, "-c", code, argument], capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stdout) == (75, said), done.stderr
 
 
 def test_the_death_of_any_process_is_seen(pretend: Callable[[str], None]) -> None:

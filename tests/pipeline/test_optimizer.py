@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from model.config import ModelConfig
+from model.kernels.adamw import ADAMW, AdamW
 from pipeline.config import Config, EvaluateConfig
 from pipeline.evaluation.finetune import layer_learning_rates
 from pipeline.evaluation.recipes import recipes_for
@@ -122,6 +123,63 @@ def test_a_frozen_group_keeps_weights_moments_and_step_count(corrected: bool) ->
         optimizer.set_applied_steps([discriminator], 2)
         assert optimizer.state[generator]["step"] == 3
         assert optimizer.state[discriminator]["step"] == 2
+
+
+@pytest.mark.parametrize("corrected", [True, False])
+def test_adamw_is_torchs_to_the_last_bit(corrected: bool) -> None:
+    draw = torch.Generator().manual_seed(0)
+    start = [torch.randn(size, generator=draw) for size in (5, 300, 7)]
+    ours, theirs = ([nn.Parameter(tensor.clone()) for tensor in start] for _ in range(2))
+    optimizer = ElectraAdamW(
+        [{"params": ours[:2], "weight_decay": 0.1}, {"params": ours[2:]}], (0.9, 0.98), 1e-6, 0.0, corrected
+    )
+    peer = torch.optim.AdamW(
+        [{"params": theirs[:2], "weight_decay": 0.1}, {"params": theirs[2:]}],
+        0.0, (0.9, 0.98), 1e-6, 0.0, fused=True,
+    )  # fmt: skip
+    for number in range(5):
+        for mine, other in zip(ours[number == 3 :], theirs[number == 3 :], strict=True):  # once without the first
+            mine.grad = torch.randn(mine.shape, generator=draw)
+            other.grad = mine.grad.clone()
+        for group in optimizer.param_groups + peer.param_groups:
+            group["lr"] = 0.1 / (1 + number)
+        optimizer.step()
+        peer.step()
+        if number == 0 and not corrected:  # the same rule from here on: so late a step has no correction
+            for state in peer.state.values():
+                state["step"].fill_(1e9)
+            with torch.no_grad():
+                for mine, other in zip(ours, theirs, strict=True):
+                    assert not torch.equal(mine, other)
+                    other.copy_(mine)
+        for mine, other in zip(ours, theirs, strict=True):
+            assert torch.equal(mine, other)
+            for moment in ("exp_avg", "exp_avg_sq"):
+                assert torch.equal(optimizer.state[mine][moment], peer.state[other][moment])
+        optimizer.zero_grad()
+        peer.zero_grad()
+
+
+def test_adamw_runs_the_kernel_that_it_is_given() -> None:
+    draw = torch.Generator().manual_seed(0)
+    results = []
+    start, gradient = (torch.randn(300, generator=draw) for _ in range(2))
+    for kernel in ADAMW.values():
+        parameter = nn.Parameter(start.clone())
+        parameter.grad = gradient.clone()
+        calls: list[int] = []
+
+        def counted(*arguments: Any, kernel: AdamW = kernel, calls: list[int] = calls) -> None:
+            calls.append(len(arguments[0]))
+            kernel(*arguments)
+
+        optimizer = ElectraAdamW([{"params": [parameter]}], (0.9, 0.98), 1e-6, 0.1, False, counted)
+        optimizer.param_groups[0]["lr"] = 0.1
+        optimizer.step()
+        assert calls == [1]
+        results.append(parameter.detach())
+    torch.testing.assert_close(*results, rtol=1e-6, atol=1e-6)
+    assert not torch.equal(results[0], start)
 
 
 @pytest.mark.parametrize(("depth", "extra"), [("fixed", 0), ("released", 1)])

@@ -157,10 +157,10 @@ def test_dropout_is_the_recipes(config: Config, pretrained: Pretrained, tmp_path
     for number, dropout in enumerate((0.0, 0.25)):
         settings = recipe(lr=STANDING_STILL, epochs=1, dropout=dropout)
         do(Runner(config, "cpu"), unit_of(pretrained, task, tmp_path / str(number), recipe=settings))
-        model = models[number]
-        rates = [module.p for module in model.modules() if isinstance(module, nn.Dropout)]
-        assert rates == [dropout] * 3  # after the embeddings, in the layer, before the head
-        assert [layer.attention.attention_dropout for layer in model.discriminator.layers] == [dropout]
+        model, encoder = models[number], models[number].discriminator
+        assert [module.p for module in model.modules() if isinstance(module, nn.Dropout)] == [dropout]  # of the head
+        assert [layer.attention.attention_dropout for layer in encoder.layers] == [dropout]
+        assert [encoder.embedding_dropout, *(layer.dropout for layer in encoder.layers)] == [dropout] * 2
     assert pretrained.model.dropout == pretrained.model.attention_dropout == 0.1
 
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.config import OptimizerConfig
+from pipeline.config_train import OptimizerConfig
 from pipeline.schedule import learning_rate, linear_times_warmup
 
 

@@ -1,6 +1,9 @@
 """MLflow as a mirror: SQLite and a server, kills and races, a server that is not there."""
 
+import errno
 import json
+import os
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -12,7 +15,8 @@ import pytest
 from mlflow import MlflowClient
 
 from pipeline.config_file import load_config
-from pipeline.tracking import on_network_file_system, redact, resolve_uri, sqlite_uri
+from pipeline.stages import write_config
+from pipeline.tracking import Shipper, on_network_file_system, redact, resolve_uri, sqlite_uri
 from pipeline.tracking_mirror import _metrics_of
 from tests.conftest import REPOSITORY, Electra, clean_environment, free_port
 
@@ -85,7 +89,7 @@ def test_unreachable_server_delays_no_step_and_sync_makes_up(shared_config: Path
     dead = f"tracking.uri=http://user:secret@127.0.0.1:{free_port()}"
     done = electra("run", *arguments, dead)
     assert "pretrain: done" in done.stderr
-    assert "did not take everything" in done.stderr
+    assert "did not take everything: 6 lines of the journal (steps 1 to 6)" in done.stderr
     assert "secret" not in done.stderr + done.stdout
     out = shared_config.parent / "out"
     for file in ("tracking.log", "log.txt", "config.yaml"):
@@ -96,45 +100,8 @@ def test_unreachable_server_delays_no_step_and_sync_makes_up(shared_config: Path
     assert "6 steps shipped" in electra("sync", *arguments, "tracking.uri=auto").stdout
 
 
-def test_server(shared_config: Path, electra: Electra, tmp_path: Path) -> None:
-    port = free_port()
-    server = subprocess.Popen(
-        [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1",
-         "--backend-store-uri", f"sqlite:///{tmp_path}/server.db",
-         "--artifacts-destination", str(tmp_path / "artifacts")],
-        env=clean_environment(MLFLOW_DISABLE_TELEMETRY="true"), cwd=tmp_path,
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
-    )  # fmt: skip
-    try:
-        uri = f"http://127.0.0.1:{port}"
-        wait_for_server(uri)
-        electra("run", shared_config, "run.name=served", f"tracking.uri={uri}", *STEPS)
-        noted = json.loads((shared_config.parent / "out/runs/served/mlflow.json").read_text())["runs"]
-        history = MlflowClient(uri).get_metric_history(noted["pretrain"], "train/total_loss")
-        assert [metric.step for metric in history] == [1, 2, 3, 4, 5, 6]
-        assert MlflowClient(uri).get_run(noted["pretrain"]).info.status == "FINISHED"
-    finally:
-        subprocess.run(
-            ["pkill", "-TERM", "-s", str(server.pid)], check=False
-        )  # its own session: itself and its workers
-        server.wait(30)
-
-
-def wait_for_server(uri: str) -> None:
-    import urllib.request
-
-    deadline = time.monotonic() + 90
-    while True:
-        try:
-            urllib.request.urlopen(f"{uri}/health", timeout=2)
-            return
-        except OSError:
-            assert time.monotonic() < deadline, "the MLflow server did not start"
-            time.sleep(0.3)
-
-
 CREATE = (
-    "import sys; from pathlib import Path; from pipeline.tracking_mirror import create_sqlite;"
+    "import sys; from pathlib import Path; from pipeline.tracking_store import create_sqlite;"
     "create_sqlite(Path(sys.argv[1]))"
 )
 
@@ -162,12 +129,75 @@ def test_kill_while_the_sqlite_file_is_created(tmp_path: Path) -> None:
     assert MlflowClient(f"sqlite:///{path}").search_experiments()
 
 
-def test_racing_clients_create_one_usable_file(tmp_path: Path) -> None:
-    path = tmp_path / "mlflow.db"
-    clients = [create(path) for _ in range(3)]
-    assert [client.wait() for client in clients] == [0, 0, 0]
-    assert MlflowClient(f"sqlite:///{path}").search_experiments()
+def test_what_killed_creators_left_goes_even_if_nobody_asked_for_them(tmp_path: Path) -> None:
+    """In a container whose first process asks for no children, their numbers stay taken."""
+    dead = subprocess.Popen(["true"])
+    os.waitid(os.P_PID, dead.pid, os.WEXITED | os.WNOWAIT)  # it has ended and is a zombie
+    prefix = f".mlflow.db.{os.uname().nodename}"
+    names = (f"{prefix}.{dead.pid}.tmp", f"{prefix}.{dead.pid}.tmp-journal", f"{prefix}.{os.getpid()}.tmp")
+    for name in names:
+        (tmp_path / name).touch()
+    assert create(tmp_path / "mlflow.db").wait() == 0
+    assert [name for name in names if (tmp_path / name).exists()] == [names[2]]  # its creator lives
+    assert dead.wait() == 0
+
+
+RACE = """
+import os, sys
+from pipeline.tracking_store import Store
+children = []
+for number in range(8):
+    pid = os.fork()
+    if not pid:
+        store = Store(sys.argv[1], "raced", f"run-{number}")
+        store.put(store.run("pipeline", "1", f"run-{number}", {}), {"number": number})
+        os._exit(0)
+    children.append(pid)
+codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children]
+sys.exit(codes != [0] * 8)
+"""
+
+
+def test_eight_processes_start_on_one_fresh_sqlite_file(tmp_path: Path) -> None:
+    uri = sqlite_uri(tmp_path)
+    subprocess.run(
+        [sys.executable, "-c", RACE, uri],
+        cwd=REPOSITORY,
+        env=clean_environment(MLFLOW_DISABLE_TELEMETRY="true"),
+        check=True,
+    )
+    client = MlflowClient(uri)
+    experiment = client.get_experiment_by_name("raced")
+    assert experiment
+    runs = client.search_runs([experiment.experiment_id])
+    assert sorted(run.data.params["number"] for run in runs) == list("01234567")
     assert not list(tmp_path.glob(".*.tmp"))
+
+
+def test_a_run_goes_on_when_the_shipper_cannot_be_started(
+    config_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def popen(*_: object, **__: object) -> None:
+        raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    monkeypatch.setattr(subprocess, "Popen", popen)
+    with Shipper(load_config(config_path, ("tracking.uri=auto", "tracking.experiment=mine"))):
+        pass
+    assert "Resource temporarily unavailable" in caplog.text
+    assert "electra sync" in caplog.text and "tracking.experiment=mine" in caplog.text
+
+
+def test_a_full_disk_leaves_the_config_as_it_was(config_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fsync(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    config = load_config(config_path)
+    write_config(config, "tokenize")
+    before = (config.run_folder / "config.yaml").read_text()
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(OSError, match="No space left"):
+        write_config(load_config(config_path, ("train.log_every=2",)), "tokenize")
+    assert (config.run_folder / "config.yaml").read_text() == before
 
 
 def test_where_auto_leads(config_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,16 +210,45 @@ def test_where_auto_leads(config_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert resolve_uri(config) == "http://127.0.0.1:1"
 
 
+def test_the_path_of_a_database_starts_at_the_current_folder(
+    config_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for given, absolute in {
+        "sqlite:///a.db": f"sqlite:///{tmp_path}/a.db",
+        "sqlite:///../b.db": f"sqlite:///{tmp_path.parent}/b.db",
+        "sqlite:////c/d.db": "sqlite:////c/d.db",
+        "https://host:80/e": "https://host:80/e",
+    }.items():
+        monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        assert resolve_uri(load_config(config_path, (f"tracking.uri={given}",))) == absolute
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", given)
+        assert resolve_uri(load_config(config_path, ("tracking.uri=auto",))) == absolute
+
+
 def test_network_file_systems_are_recognised() -> None:
     mounts = "a / ext4 rw 0 0\nb /data nfs4 rw 0 0\nc /data/fast xfs rw 0 0\nd /scratch lustre rw 0 0\n"
     known = {"/tmp/x": False, "/data/me": True, "/data/fast/run": False, "/scratch/run": True, "/scratchy": False}
     assert {path: on_network_file_system(Path(path), mounts) for path in known} == known
 
 
+@pytest.mark.parametrize(
+    ("kind", "is_network"),
+    [(kind, True) for kind in ("dvs", "pvfs2", "orangefs", "ocfs2", "gfs2", "9p", "virtiofs", "autofs", "fuse",
+                               "fuse.sshfs", "smb3")]
+    + [(kind, False) for kind in ("fuseblk", "ext4", "btrfs", "zfs", "tmpfs", "overlay")],
+)  # fmt: skip
+def test_a_kind_of_file_system(kind: str, is_network: bool) -> None:
+    assert on_network_file_system(Path("/data/run"), f"a / xfs rw 0 0\nb /data {kind} rw 0 0\n") == is_network
+
+
 def test_no_password_in_what_is_shown() -> None:
     assert redact("http://me:pw@host:80/x") == "http://host:80/x"
     assert redact("http://me:p@ss@host/x") == "http://host/x"
     assert redact("postgresql://me:p/w@host/db?user=u&password=secret") == "postgresql://host/db"
+    assert redact("postgresql://u:123/456@host/db") == "postgresql://host/db"
+    assert redact("mysql+pymysql://u:/w@host:3306/db") == "mysql+pymysql://host:3306/db"
+    assert redact("postgresql://host:5432/db") == "postgresql://host:5432/db"
     assert redact("sqlite:////a@b/mlflow.db") == "sqlite:////a@b/mlflow.db"
 
 
@@ -215,12 +274,11 @@ def test_a_failing_artifact_store_keeps_back_artifacts_only(
     def fail(*_: object) -> None:
         raise OSError("no artifact store")
 
-    monkeypatch.setattr(mirror._client, "log_artifact", fail)
+    monkeypatch.setattr(mirror.store.client, "log_artifact", fail)
     with pytest.raises(OSError, match="no artifact store"):
         mirror.mirror(owner_alive=False)
-    run_id = mirror._run(
-        "pretrain", json.loads((tracked / "runs/artless/pretrain/stage.json").read_text())["lineage"], None
-    )
+    lineage = json.loads((tracked / "runs/artless/pretrain/stage.json").read_text())["lineage"]
+    run_id = mirror.run("pretrain", lineage).run_id
     found = MlflowClient(sqlite_uri(tracked)).get_run(run_id)
     assert found.info.status == "FINISHED"
     assert found.data.metrics["progress/tokens"] == 6 * 8 * 32
@@ -242,6 +300,32 @@ def test_sync_beside_a_running_stage_leaves_it_running(tracked: Path, shared_con
     assert MlflowClient(sqlite_uri(tracked)).get_run(run_id).info.status == "RUNNING"
     electra("sync", *arguments)
     assert MlflowClient(sqlite_uri(tracked)).get_run(run_id).info.status == "KILLED"
+
+
+def test_the_settings_of_a_trained_run_stay(
+    tracked: Path, shared_config: Path, electra: Electra, tmp_path: Path
+) -> None:
+    """No command on tokenize says that something else was trained, neither when it only ships nor when it runs."""
+    folder, uri = tracked / "runs/stays", f"sqlite:///{tmp_path}/other.db"
+    shutil.copytree(tracked / "runs/tracked", folder)
+    settings = (folder / "config.yaml").read_text().replace("name: tracked", "name: stays")
+    (folder / "config.yaml").write_text(settings)
+    others = [shared_config, "run.name=stays", *STEPS, "optimizer.lr=0.123", "model.dropout=0.3"]
+
+    assert "tokenize: up to date" in electra("tokenize", *others, f"tracking.uri={uri}").stderr
+    assert (folder / "config.yaml").read_text() == settings
+    runs = json.loads((folder / "mlflow.json").read_text())["runs"]
+    assert MlflowClient(uri).get_run(runs["pipeline"]).data.params["optimizer.lr"] == "0.0005"
+
+    record = json.loads((folder / "tokenize/stage.json").read_text())
+    (folder / "tokenize/stage.json").write_text(json.dumps(record | {"state": "stopped"}))
+    resumed = electra("tokenize", *others).stderr
+    for said in ("tokenize: resume", "config.yaml stays", "optimizer.lr: 0.0005 -> 0.123"):
+        assert said in resumed
+    assert (folder / "config.yaml").read_text() == settings
+
+    electra("run", "--until", "tokenize", "--force", "tokenize", *others)  # what was trained is moved aside
+    assert load_config(folder / "config.yaml").optimizer.lr == 0.123
 
 
 def test_journals_of_earlier_versions_can_be_shipped() -> None:

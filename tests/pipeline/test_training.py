@@ -60,5 +60,7 @@ def test_held_out_scores_join_the_journal_and_change_nothing_else(journals):
 
 
 def test_held_out_scores_are_due_at_logged_steps_only(config_path):
+    with pytest.raises(ConfigError, match=r"held_out_every=10 must divide train.checkpoint_every=15"):
+        load_config(config_path, ("train.keep_best=true", "train.held_out_every=10", "train.checkpoint_every=15"))
     with pytest.raises(ConfigError, match="held_out_every=7 is not a multiple of train"):
         load_config(config_path, ("train.held_out_every=7", "train.log_every=5"))

@@ -230,13 +230,14 @@ def test_a_signal_while_a_variant_starts_exits_85(comparison: Path) -> None:
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """The commands for the variants; they are noted in place of being run, and take a tenth of a second each."""
+    """The commands for the variants; they are noted in place of being run, and take a hundred seconds each."""
     noted: list[list[str]] = []
+    monotonic = time.monotonic
 
     def run(_: Children, arguments: list[str], environment: dict[str, str]) -> int:
         assert f"run.variant={environment[RENDEZVOUS]}" in arguments
         noted.append(arguments)
-        time.sleep(0.1)
+        monkeypatch.setattr("time.monotonic", lambda: monotonic() + 100 * len(noted))
         return 0
 
     monkeypatch.setattr(Children, "run", run)
@@ -263,12 +264,12 @@ def test_stages_are_each_variants_own(comparison: Path, calls: list[list[str]]) 
 
 
 def test_time_that_is_allowed_counts_over_all_variants(comparison: Path, calls: list[list[str]]) -> None:
-    assert CliRunner().invoke(cli, ["pretrain", str(comparison), "train.stop_after_seconds=0.15"]).exit_code == 0
+    assert CliRunner().invoke(cli, ["pretrain", str(comparison), "train.stop_after_seconds=150"]).exit_code == 0
     settings = [load_config(comparison, tuple(arguments[2:])).train.stop_after_seconds for arguments in calls]
     first, second, third = (setting or 0 for setting in settings)
-    assert 0.1 < first <= 0.15 and 0.001 <= second < 0.06 and third == 0.001
+    assert 50 < first <= 150 and 0.001 <= second <= 50 and third == 0.001
     calls.clear()
-    CliRunner().invoke(cli, ["tokenize", str(comparison), "train.stop_after_seconds=0.15"])
+    CliRunner().invoke(cli, ["tokenize", str(comparison), "train.stop_after_seconds=150"])
     assert not any("0.001" in argument for arguments in calls for argument in arguments)
 
 

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -44,12 +45,25 @@ SHRINK = [
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
     """Two idle nodes, n1 and n2, with 4 CPUs and 8 pretended GPUs each."""
+    with _start_cluster() as running:
+        yield running
+
+
+@pytest.fixture
+def cluster_without_gpus() -> Iterator[Cluster]:
+    """The same without GPUs."""
+    with _start_cluster(has_gpus=False) as running:
+        yield running
+
+
+@contextmanager
+def _start_cluster(has_gpus: bool = True) -> Iterator[Cluster]:
     if missing := missing_programs():
         reason = f"not installed: {', '.join(missing)} (Debian: apt install slurm-wlm munge)"
         pytest.fail(reason) if os.environ.get("ELECTRA_REQUIRE_ALL") == "1" else pytest.skip(reason)
-    with Cluster() as running:
+    with Cluster(has_gpus=has_gpus) as running:
         # Python stays the one of the tests, whatever the developer's own slurm/site.env says.
-        running.env |= {"ELECTRA_PYTHON": sys.executable, "ELECTRA_SITE_ENV": "/dev/null"}
+        running.env |= {"ELECTRA_PYTHON": sys.executable, "ELECTRA_SITE_ENV": "/dev/null", "ELECTRA_QUICK_CHECK": "0"}
         yield running
 
 
@@ -60,6 +74,7 @@ def stub_checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     copy_scripts(root)
     (root / "pipeline").mkdir()
     (root / "configs").mkdir()
+    (root / "pipeline" / "goodput.py").write_text("raise SystemExit(9)\n")  # whose failure changes nothing
     (root / "pipeline" / "__init__.py").touch()  # without it an installed `pipeline` would win
     shutil.copy(Path(__file__).parent / "stub_pipeline.py", root / "pipeline" / "__main__.py")
     for size in ("small", "base", "large"):

@@ -13,11 +13,13 @@ import os
 import random
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 PROGRAMS = (
@@ -86,7 +88,10 @@ SlurmdLogFile={root}/slurmd-%n.log
 NodeName=DEFAULT CPUs=4 RealMemory=8000 Gres=gpu:8 State=UNKNOWN
 NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]}
 NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]}
-PartitionName=debug Nodes=n[1-2] Default=YES MaxTime=INFINITE State=UP
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=debug Nodes=n[1-2] Default=YES MaxTime=INFINITE State=UP PriorityTier=1
+PartitionName=urgent Nodes=n[1-2] MaxTime=INFINITE State=UP PriorityTier=2
 """
 GRES_CONF = "NodeName=n[1-2] Name=gpu File={root}/gpu[0-7]\n"  # slurmd asks that the files exist, no more
 
@@ -116,13 +121,18 @@ class Job:
 
 
 class Cluster:
-    """Starts, feeds and stops the daemons. Use as a context manager."""
+    """Starts, feeds and stops the daemons. Use as a context manager.
 
-    def __init__(self, cred_expire_s: int = 8):
+    Args:
+        cred_expire_s: See ``SLURM_CONF``.
+        has_gpus: Whether the nodes pretend to have some; a Slurm without knows no such thing.
+    """
+
+    def __init__(self, cred_expire_s: int = 8, has_gpus: bool = True):
         # A short path, since it holds a socket: their names end at 107 bytes.
         self.root = Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))
         self.env = clean_environment(SLURM_CONF=str(self.root / "slurm.conf"))
-        self._cred_expire_s = cred_expire_s
+        self._cred_expire_s, self._has_gpus = cred_expire_s, has_gpus
         self._daemons: list[subprocess.Popen] = []  # in the order of their start
 
     def __enter__(self) -> Cluster:
@@ -148,8 +158,10 @@ class Cluster:
             ports=free_ports(3),
             cred_expire_s=self._cred_expire_s,
         )
+        if not self._has_gpus:
+            conf = conf.replace("GresTypes=gpu\n", "").replace(" Gres=gpu:8", "")
         (self.root / "slurm.conf").write_text(conf)
-        (self.root / "gres.conf").write_text(GRES_CONF.format(root=self.root))
+        (self.root / "gres.conf").write_text(GRES_CONF.format(root=self.root) if self._has_gpus else "")
         for number in range(8):
             (self.root / f"gpu{number}").touch()
         (self.root / "state").mkdir()
@@ -170,8 +182,8 @@ class Cluster:
         self._start("munged", "--foreground", *options)
         self._wait_for("munge", "-n", options[0])
         self._start("slurmctld", "-D")
-        self._start("slurmd", "-D", "-N", "n1")
-        self._start("slurmd", "-D", "-N", "n2")
+        for node in ("n1", "n2"):
+            self._start("slurmd", "-D", "-N", node)
         self._wait_for("sinfo", "-h", "-o", "%D %t", answer="2 idle")
 
     def _wait_for(self, *command: str, answer: str = "") -> None:
@@ -193,6 +205,33 @@ class Cluster:
                 stdin=subprocess.DEVNULL, stdout=output, stderr=output,
             )  # fmt: skip
         self._daemons.append(process)
+
+    def lose_node(self, name: str) -> None:
+        """Kills a node's slurmd and all that runs on the node, as when its power fails, and says so to Slurm.
+
+        Slurm would notice by itself after SlurmdTimeout, five minutes.
+        """
+        (daemon,) = (daemon for daemon in self._daemons if daemon.args[-2:] == ["-N", name])
+        tasks = [pid for pid in self._processes() if f"SLURMD_NODENAME={name}".encode() in proc(pid, "environ")]
+        parents = {int(proc(pid, "stat").rpartition(b")")[2].split()[1]) for pid in tasks}
+        keepers = [pid for pid in parents if proc(pid, "cmdline").startswith(b"slurmstepd")]
+        for pid in [daemon.pid, *keepers, *tasks]:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        daemon.wait()
+        self._daemons.remove(daemon)
+        self.command("scontrol", "update", f"NodeName={name}", "State=DOWN", "Reason=lost")
+
+    def bring_back_node(self, name: str) -> None:
+        """Starts the slurmd of a lost node again."""
+        self._start("slurmd", "-D", "-N", name)
+        self.command("scontrol", "update", f"NodeName={name}", "State=RESUME")
+
+    def _processes(self) -> list[int]:
+        """Processes that belong to this cluster's jobs."""
+        mark = f"SLURM_CONF={self.root}/slurm.conf".encode()
+        pids = [int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit()]
+        return [pid for pid in pids if mark in proc(pid, "environ")]
 
     def _report(self) -> str:
         logs = [*sorted(self.root.glob("*.log")), self.root / "daemons.out"]
@@ -285,6 +324,13 @@ class Cluster:
             log=read_log(record),
             record=record,
         )
+
+
+def proc(pid: int, file: str) -> bytes:
+    """A file of /proc; empty when the process is gone."""
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/{file}").read_bytes()
+    return b""
 
 
 def read_log(record: str) -> str:

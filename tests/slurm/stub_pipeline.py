@@ -2,9 +2,13 @@
 
 Writes one JSON file per process into the working directory and obeys overrides that start with "stub.":
     stub.check=N     --check fails with N        stub.exit=N    exits with N
+    stub.reason=TEXT what rank 0 leaves in ELECTRA_EXIT_FILE with a final code; empty: it leaves nothing
+    stub.says=TEXT   what it prints
+    stub.lose=N      in the first N starts of an allocation the last rank is killed, and the others notice
     stub.first=N     exits with N, in the job's first attempt only
     stub.hold=true   in the first attempt: waits for SIGUSR2 or SIGTERM, then exits 85
-    stub.straggle=S  the other ranks outlive rank 0 by S seconds, SIGTERM ignored
+    stub.hang=true   in the first attempt: goes on until it is killed
+    stub.straggle=S  the other ranks would outlive rank 0 by S seconds, but for SIGTERM
     stub.fail_stage=STAGE   that stage exits 1 (`shards`: the copying of shards)
 """
 
@@ -14,6 +18,7 @@ import signal
 import sys
 import time
 from pathlib import Path
+from typing import NoReturn
 
 stage, config, *arguments = sys.argv[1:]
 stub = dict(argument[len("stub.") :].split("=", 1) for argument in arguments if argument.startswith("stub."))
@@ -40,18 +45,49 @@ if "--check" in arguments:
     if code := int(stub.get("check", "0")):
         print("stub: the check refuses", file=sys.stderr)
     sys.exit(code)
-print(f"stub {stage} rank {rank} attempt {attempt}", flush=True)
+
+
+def leave(code: int) -> NoReturn:
+    """Exits as the program does, whose rank 0 speaks for all."""
+    if rank == 0 and code in (64, 65, 78, 85, 93) and (reason := stub.get("reason", "because")):
+        Path(os.environ["ELECTRA_EXIT_FILE"]).write_text(f"{code} {reason}\n")
+    sys.exit(code)
+
+
+print(f"stub {stage} rank {rank} attempt {attempt}", stub.get("says", ""), flush=True)
 if stub.get("fail_stage") == stage:
     sys.exit(1)
+while attempt == 0 and "hang" in stub:
+    time.sleep(1)
 if attempt == 0 and "hold" in stub:
     while not stopped_by:
         time.sleep(0.05)
     print(f"stub stopped by {stopped_by[0]}", flush=True)
-    sys.exit(85)
+    Path(f"{name}.stopped").touch()
+    patience = time.monotonic() + 10
+    while (
+        len(list(Path().glob(f"{stage}-*.stopped"))) < int(os.environ.get("SLURM_NTASKS", "1"))
+        and time.monotonic() < patience
+    ):
+        time.sleep(0.05)  # as the program, whose ranks agree: srun would end the others
+    leave(85)
+if stage == "pretrain" and "lose" in stub:
+    survived = Path(f"survived-{os.environ['MASTER_PORT']}")
+    if rank == int(os.environ["SLURM_NTASKS"]) - 1:
+        with Path(f"starts-attempt{attempt}").open("a+") as starts:
+            starts.write("start\n")
+            starts.seek(0)
+            if len(starts.readlines()) <= int(stub["lose"]):
+                os.kill(os.getpid(), signal.SIGKILL)
+        survived.touch()
+    while not survived.exists():
+        if stopped_by:
+            sys.exit(75)
+        time.sleep(0.05)
 if rank > 0 and "straggle" in stub:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     Path(f"{name}.ready").touch()
     time.sleep(float(stub["straggle"]))
 while rank == 0 and "straggle" in stub and len(list(Path().glob("*.ready"))) < int(os.environ["SLURM_NTASKS"]) - 1:
     time.sleep(0.05)
-sys.exit(int(stub["first"]) if attempt == 0 and "first" in stub else int(stub.get("exit", "0")))
+leave(int(stub["first"]) if attempt == 0 and "first" in stub else int(stub.get("exit", "0")))

@@ -48,6 +48,7 @@ def test_two_nodes_share_a_matrix(cluster: Cluster, tiny_project: list[str], run
         f"evaluate.checkpoint={exported}", "evaluate.max_length=32",
     ]  # fmt: skip
     electra("evaluate", config, *kept, *recipe, "run.name=alone")
+    wait_until(lambda: "2 idle" in cluster.command("sinfo", "-h", "-o", "%D %t"), timeout_s=60)
     job = cluster.submit(
         REPOSITORY / "slurm/evaluate.sh", config, *kept, *recipe, "run.name=array",
         flags=["--array=0-1", "--exclusive", "--gpus-per-node=0", "--cpus-per-task=1"], cwd=tmp_path,

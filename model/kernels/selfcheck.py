@@ -1,0 +1,149 @@
+"""A backend against the reference on a small input, forward and backward, before a run relies on it.
+
+Finds what compiles to something else on this GPU or not at all. A write out of bounds still ends the process.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model.kernels.adamw import AdamWRule, reference_adamw
+from model.kernels.attention import Packing, reference_attention
+from model.kernels.detection import reference_detect
+from model.kernels.dropout import Dropout
+from model.kernels.embedding import reference_embed
+from model.kernels.gelu import reference_bias_gelu
+from model.kernels.layer_norm import reference_add_norm
+from model.kernels.vocabulary import Sampling, reference_predict
+
+_TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}  # of the reference's largest value
+_MOST_OTHER_SAMPLES = 0.1  # a logit that rounds otherwise may move a draw to a neighbouring token
+_EPS = 1e-6
+
+Operation = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Inputs on a device, the same each time, without torch's own generator."""
+
+    generator: torch.Generator
+    device: str
+    dtype: torch.dtype
+
+    def normal(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """Standard normal."""
+        return torch.randn(shape, generator=self.generator).to(self.device, dtype or self.dtype)
+
+    def integers(self, end: int, *shape: int) -> Tensor:
+        """From 0 to ``end`` - 1, int64."""
+        return torch.randint(end, shape, generator=self.generator).to(self.device)
+
+    def dropout(self) -> Dropout:
+        """An eighth."""
+        return Dropout(0.125, torch.tensor(12345, device=self.device))
+
+
+def deviation(
+    operation: str, function: Operation, device: str, dtype: torch.dtype, approximate_gelu: bool
+) -> str | None:
+    """How a backend's outputs and gradients differ from the reference's, or what it raises; None where they agree.
+
+    Args:
+        operation: As in ``model.kernels.select``.
+        function: The backend's.
+        device: ``cpu`` or ``cuda``.
+        dtype: Of activations and weights.
+        approximate_gelu: Whether to ask for the tanh form of GELU.
+    """
+    check, reference = _CHECKS[operation]
+
+    def run(function: Operation) -> dict[str, Tensor]:
+        draw = Draw(torch.Generator().manual_seed(1), device, dtype)
+        with torch.enable_grad():
+            return check(function, draw, approximate_gelu)
+
+    expected = run(reference)
+    try:
+        found = run(function)
+        return next(filter(None, (_difference(name, found[name], expected[name], dtype) for name in expected)), None)
+    except Exception as error:  # whatever a compiler or a driver brings about
+        return f"raises {type(error).__name__}: {(str(error).splitlines() or ['nothing said'])[0]}"
+
+
+def _difference(name: str, found: Tensor, expected: Tensor, dtype: torch.dtype) -> str | None:
+    if found.shape != expected.shape or found.dtype != expected.dtype:
+        return f"{name}: {found.dtype} {tuple(found.shape)} and not {expected.dtype} {tuple(expected.shape)}"
+    if not expected.is_floating_point():
+        others = float((found != expected).double().mean())
+        return f"{name}: {100 * others:.0f} % are others" if others > _MOST_OTHER_SAMPLES else None
+    found, expected = found.detach().double(), expected.detach().double()
+    off = float((found - expected).abs().max() / expected.abs().max())
+    return None if off <= _TOLERANCE[dtype] else f"{name}: off by {off:.1e} of the largest value in {dtype}"
+
+
+def _with_gradients(function: Operation, leaves: list[Tensor]) -> dict[str, Tensor]:
+    """The output of a function of one tensor, or the outputs by name, and the gradient of each leaf."""
+    out = function(*(leaf.requires_grad_() for leaf in leaves))
+    outputs = {"output": out} if isinstance(out, Tensor) else {k: v for k, v in vars(out).items() if v is not None}
+    loss = next(iter(outputs.values()))
+    weights = torch.linspace(-1, 2, loss.numel(), device=loss.device).view(loss.shape) if loss.dim() else loss.detach()
+    gradients = torch.autograd.grad(loss, leaves, weights.to(loss.dtype))
+    return outputs | {f"gradient {number}": gradient for number, gradient in enumerate(gradients)}
+
+
+def _attention(function: Operation, draw: Draw, _: bool) -> dict[str, Tensor]:
+    pieces_BT = (torch.arange(48, device=draw.device) >= 19).long().expand(2, -1).contiguous()
+    leaves = [draw.normal(2, 48, 3, 2, 64)]
+    return _with_gradients(lambda qkv: function(qkv, Packing(pieces_BT), draw.dropout()), leaves)
+
+
+def _add_norm(function: Operation, draw: Draw, _: bool) -> dict[str, Tensor]:
+    leaves = [draw.normal(9, 72), draw.normal(9, 72), draw.normal(72), draw.normal(72)]
+    return _with_gradients(lambda *x: function(*x, _EPS, draw.dropout()), leaves)
+
+
+def _bias_gelu(function: Operation, draw: Draw, approximate: bool) -> dict[str, Tensor]:
+    return _with_gradients(lambda x, bias_F: function(x, bias_F, approximate), [draw.normal(9, 72), draw.normal(72)])
+
+
+def _embed(function: Operation, draw: Draw, _: bool) -> dict[str, Tensor]:
+    leaves = [draw.normal(size, 40) for size in (30, 9, 2)]
+    indices = [draw.integers(len(table), 2, 9) for table in leaves]
+    leaves += [draw.normal(40), draw.normal(40)]
+    return _with_gradients(lambda *x: function(x[:3], indices, *x[3:], _EPS, draw.dropout()), leaves)
+
+
+def _predict(function: Operation, draw: Draw, _: bool) -> dict[str, Tensor]:
+    original_N, weights_N = draw.integers(300, 40), draw.normal(40, dtype=torch.float32).abs()
+    uniform_N = torch.rand(40, generator=draw.generator, dtype=torch.float64).to(draw.device)
+    leaves = [draw.normal(40, 24), draw.normal(300, 24), draw.normal(300)]
+    return _with_gradients(lambda *x: function(*x, original_N, weights_N, Sampling(uniform_N)), leaves)
+
+
+def _detect(function: Operation, draw: Draw, _: bool) -> dict[str, Tensor]:
+    is_replaced_BT, weights_BT = draw.integers(2, 3, 50).bool(), draw.normal(3, 50, dtype=torch.float32).abs()
+    return _with_gradients(lambda logits_BT: function(logits_BT, is_replaced_BT, weights_BT), [draw.normal(3, 50)])
+
+
+def _adamw(function: Operation, draw: Draw, _: bool) -> dict[str, Tensor]:
+    weights, means, squares = ([draw.normal(n, dtype=torch.float32) for n in (7, 1025)] for _ in range(3))
+    squares = [square.square() for square in squares]
+    steps = [torch.tensor(3.0, device=draw.device) for _ in weights]
+    rule = AdamWRule(0.05, (0.9, 0.999), _EPS, 0.01, True)
+    function(weights, [draw.normal(7), draw.normal(1025)], means, squares, steps, rule, None, None)
+    return {"weight": torch.cat(weights), "first moment": torch.cat(means), "second moment": torch.cat(squares)}
+
+
+_CHECKS: dict[str, tuple[Callable[[Operation, Draw, bool], dict[str, Tensor]], Operation]] = {
+    "attention": (_attention, reference_attention),
+    "add_norm": (_add_norm, reference_add_norm),
+    "bias_gelu": (_bias_gelu, reference_bias_gelu),
+    "embed": (_embed, reference_embed),
+    "predict": (_predict, reference_predict),
+    "detect": (_detect, reference_detect),
+    "adamw": (_adamw, reference_adamw),
+}

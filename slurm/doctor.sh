@@ -1,0 +1,46 @@
+#!/bin/bash
+# What each node can do, and what is wrong with it, in a minute, before the first job:
+#     sbatch slurm/doctor.sh [CONFIG] [key=value ...]
+# One task looks at each node; one report in the log, and exit code 78 if anything failed. Trains nothing.
+# Flags before the script's name replace header lines: sbatch --account=A --nodes=8 --gpus-per-node=4 ...
+# It takes all memory of a node, as pretraining does. For a run that gets less: --mem as that run has it.
+#SBATCH --job-name=electra-doctor
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=8
+#SBATCH --mem=0
+#SBATCH --time=00:20:00
+#SBATCH --output=%x-%j.out
+#SBATCH --open-mode=append
+#SBATCH --no-requeue
+#SBATCH --kill-on-invalid-dep=yes
+set -euo pipefail
+cd "${SLURM_SUBMIT_DIR:-$PWD}"
+
+# Slurm runs a copy of this file from its spool folder. Where it came from stands in the job's "Command": the
+# path given to sbatch, relative to the submit directory, and the arguments. Same lines in every job script.
+find_repository() {
+  local job script=$0 folder folders
+  job=$(scontrol show job "${SLURM_JOB_ID:-none}" 2>&1) || job=
+  if [[ $job =~ Command=([^$'\n']*) ]]; then script=${BASH_REMATCH[1]%" $*"}; fi
+  folders=("$(readlink -m -- "$script")" "$(readlink -m -- "$0")")
+  folders=("${folders[@]%/slurm/*}" "$PWD")
+  if [[ -n ${ELECTRA_REPO:-} ]]; then folders=("$ELECTRA_REPO"); fi
+  for folder in "${folders[@]}"; do
+    if [[ -f $folder/pipeline/__main__.py ]]; then readlink -f -- "$folder" && return; fi
+  done
+  echo "no pipeline/__main__.py in ${folders[*]}: export ELECTRA_REPO=<electra checkout> and submit again" >&2
+  return 78
+}
+repo=$(find_repository "$@")
+# shellcheck source=slurm/_common.sh
+source "$repo/slurm/_common.sh"
+
+stage=doctor config='' arguments=("$@")
+forget_outer_job
+load_site_settings
+if (($#)); then choose_config; fi
+run_step --nodes="$SLURM_NNODES" --ntasks="$SLURM_NNODES" --ntasks-per-node=1 --kill-on-bad-exit=0 --wait=0 --unbuffered \
+  -- doctor ${config:+"$config"} "${arguments[@]}"
+exit "$status"

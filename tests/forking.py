@@ -1,0 +1,183 @@
+"""The program, forked from a process that has imported all it imports: a start takes tenths of a second, not six.
+
+    python -m tests.forking       starts as lines of JSON on stdin, their exit codes on stdout
+
+From the fork on it is the program as always, with its own process, environment and files; the processes that it starts
+for its ranks are forked as well. What depends on the imports themselves (a backend chosen by the environment, say) is
+for a start anew.
+"""
+
+import atexit
+import gc
+import importlib
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from types import SimpleNamespace
+
+IMPORTED = (
+    "pipeline.cli", "pipeline.pretrain", "pipeline.evaluate", "pipeline.tokenize", "pipeline.tracking",
+    "pipeline.config_file", "deepspeed.runtime.engine", "safetensors.torch", "sentencepiece", "tokenizers",
+    "torch._dynamo", "torch.distributed.fsdp",
+)  # fmt: skip
+"""What the program imports sooner or later, seconds in all."""
+
+_POLL_S = 0.01
+
+
+def import_all() -> None:
+    """Imports it, and has no collection of garbage copy it in each fork."""
+    for module in IMPORTED:
+        importlib.import_module(module)
+    gc.collect()
+    gc.freeze()
+
+
+class ForkedProgram:
+    """The process that forks, seen from a test; started at the first use."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[str] | None = None
+
+    def run(
+        self, arguments: list[str], environment: dict[str, str], folder: Path, timeout_s: float
+    ) -> tuple[int, str, str]:
+        """One start of ``electra``.
+
+        Args:
+            arguments: After its name.
+            environment: All of it. What a library reads when it is imported was read before.
+            folder: For what it says; made.
+            timeout_s: After which it is killed.
+
+        Returns:
+            Its exit code as subprocess says it, what it wrote to stdout, and to stderr.
+        """
+        folder.mkdir(parents=True)
+        out, err = folder / "out", folder / "err"
+        job = {
+            "arguments": arguments, "environment": environment, "cwd": os.getcwd(), "out": str(out), "err": str(err),
+            "timeout_s": timeout_s,
+        }  # fmt: skip
+        process = self._started(environment)
+        assert process.stdin and process.stdout
+        process.stdin.write(json.dumps(job) + "\n")
+        process.stdin.flush()
+        return json.loads(process.stdout.readline()), out.read_text(), err.read_text()
+
+    def _started(self, environment: dict[str, str]) -> "subprocess.Popen[str]":
+        if self._process is None:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "tests.forking"], env=environment, text=True,
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            )  # fmt: skip
+        return self._process
+
+    def close(self) -> None:
+        if self._process is not None:
+            self._process.communicate()
+
+
+def _serve() -> None:
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print is no answer
+    import_all()
+    for line in sys.stdin:
+        job = json.loads(line)
+        pid = os.fork()
+        if pid == 0:
+            _become(job)
+            os._exit(run_program(job["arguments"], job["environment"]))
+        print(_wait(pid, job["timeout_s"]), file=answers, flush=True)
+
+
+def _wait(pid: int, timeout_s: float) -> int:
+    deadline = time.monotonic() + timeout_s
+    while (ended := os.waitpid(pid, os.WNOHANG))[0] == 0:
+        if time.monotonic() > deadline:
+            os.kill(pid, signal.SIGKILL)
+        time.sleep(_POLL_S)
+    return os.waitstatus_to_exitcode(ended[1])
+
+
+def _become(job: dict) -> None:
+    """What a new process would have from its parent."""
+    for stream, (path, flags) in enumerate([
+        (os.devnull, os.O_RDONLY), (job["out"], os.O_WRONLY | os.O_CREAT), (job["err"], os.O_WRONLY | os.O_CREAT),
+    ]):  # fmt: skip
+        opened = os.open(path, flags)
+        os.dup2(opened, stream)
+        os.close(opened)
+    os.chdir(job["cwd"])
+    sys.modules["pipeline.launch"].subprocess = SimpleNamespace(Popen=ForkedRank)  # pyright: ignore
+
+
+class ForkedRank:
+    """A process of the program that the program starts: forked too, in place of ``subprocess.Popen``."""
+
+    def __init__(
+        self, command: list[str], env: dict[str, str], preexec_fn: Callable[[], None], pass_fds: Sequence[int]
+    ):
+        self.returncode: int | None = None
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self.pid = os.fork()
+        if self.pid == 0:
+            preexec_fn()
+            _close_all_but(pass_fds)
+            os._exit(run_program(command[3:], env))
+
+    def poll(self) -> int | None:
+        if self.returncode is None and (ended := os.waitpid(self.pid, os.WNOHANG))[0]:
+            self.returncode = os.waitstatus_to_exitcode(ended[1])
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+def _close_all_but(inherited: Sequence[int]) -> None:
+    for name in os.listdir("/proc/self/fd"):
+        if int(name) > 2 and int(name) not in inherited:
+            with suppress(OSError):  # the listing's own
+                os.close(int(name))
+
+
+def run_program(arguments: list[str], environment: dict[str, str]) -> int:
+    """``electra`` with these arguments and nothing else in its environment, in this process; returns its exit code."""
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.argv = ["electra", *arguments]
+    logging.getLogger().handlers.clear()
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    code = 1
+    try:
+        sys.modules["pipeline.cli"].main()
+        code = 0
+    except SystemExit as ended:
+        code = int(ended.code or 0)
+    except BaseException:
+        traceback.print_exc()
+    threading._shutdown()  # pyright: ignore  # as the interpreter's end would; the rest of it takes a second
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    return code
+
+
+if __name__ == "__main__":
+    _serve()
