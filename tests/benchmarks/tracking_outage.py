@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 python tests/benchmarks/tracking_outage.py [--rounds 5] [--seconds 12]
 
-A tiny model's steps of some hundredths of a second, each with a line for MLflow: a hundred times as many as in earnest.
+A tiny model's steps of a tenth of a second, each with a line for MLflow: dozens of times as many as in earnest.
 Seconds of a wall clock between the lines of the journal, for waiting is what is measured; each round runs every way
 once, the order turns, and a ratio is the median over rounds of a way's mean step to that of `none`, no tracking, in the
 same round. `none_again` is the same once more: its ratios are the noise. Each run is told to stop after some seconds:
