@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
-from data_shards.temporaries import Watch, temporary_path
+from data_shards.temporaries import Watch, remove_abandoned, temporary_path
 
 _BEAT_EVERY_S = 10.0
 _HEARTBEAT = re.compile(r"\.claim\.[^/]*~\d+\.tmp")  # anything else in a claim is damage
@@ -75,8 +75,9 @@ def take(folder: Path, watch: Watch) -> Claim | None:
 
 
 def clear(folder: Path) -> None:
-    """Removes the claim to a unit that is done; its owner was killed after that."""
+    """Removes from the folder of a unit that is done what processes left there that were killed."""
     (folder / "claim").unlink(missing_ok=True)
+    remove_abandoned(folder, below=False)
 
 
 def is_beating(folder: Path, watch: Watch) -> bool:

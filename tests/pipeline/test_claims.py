@@ -11,7 +11,7 @@ import pytest
 from data_shards import temporaries
 from data_shards.temporaries import Watch
 from pipeline.evaluation import claims
-from pipeline.evaluation.claims import is_beating, take
+from pipeline.evaluation.claims import clear, is_beating, take
 from tests.conftest import clean_environment
 
 HOLDER = """
@@ -56,6 +56,18 @@ def test_of_many_that_want_a_dead_ones_unit_one_gets_it(tmp_path: Path) -> None:
         rival.kill()
         rival.wait()
     assert sorted(said) == ["refused"] * 3 + ["taken"]
+
+
+@pytest.mark.parametrize("left", ["claim and heartbeat", "heartbeat alone"])
+def test_a_unit_that_is_done_is_cleared_of_what_killed_owners_left(tmp_path: Path, left: str) -> None:
+    holder = start_holder(tmp_path)
+    holder.kill()
+    holder.wait()
+    if left == "heartbeat alone":
+        (tmp_path / "claim").unlink()
+    assert list(tmp_path.glob(".claim.*.tmp"))
+    clear(tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_owner_on_another_node_is_believed_for_a_minute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
