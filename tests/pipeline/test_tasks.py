@@ -66,7 +66,7 @@ def parquet(path: Path, columns: dict[str, list]) -> Path:
 def test_every_bundled_task_is_valid() -> None:
     names = {path.stem for path in BUNDLED.glob("*.yaml")}
     glue = {"cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli"}
-    assert names == glue | {"squad1", "squad2", "chunk", "ner", "authorship", "continuation"}
+    assert names == glue | {"squad1", "squad2", "chunk", "ner", "wnut17", "authorship", "continuation"}
     configs = {name: read_task_file(name)[0] for name in names}
     assert all(config.name == name for name, config in configs.items())
     assert {name for name, config in configs.items() if config.in_glue_average} == glue - {"wnli"}
