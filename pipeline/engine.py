@@ -74,6 +74,7 @@ class Engine:
         self.stage = zero_stage(settings)
         self.settings = settings
         self.model = model
+        self.before_change: Callable[[], object] = lambda: None  # is called before weights or moments change
         self._clip = config.optimizer.gradient_clip
         self._world_size = plan.world_size
         kernel = {"kernel": model.kernels.adamw} if config.optimizer.name == "adamw" else {}
@@ -150,6 +151,7 @@ class Engine:
     @torch.no_grad()
     def flip_a_bit(self) -> None:
         """Damages one weight of this process's copy; for drills."""
+        self.before_change()
         weight = next(self.model.parameters()).view(-1)[:1]
         bits = weight.view(torch.int32 if weight.element_size() == 4 else torch.int16)
         bits ^= 1 << 5
@@ -165,6 +167,7 @@ class Engine:
 
     def _update(self) -> tuple[float, bool]:
         """Clips and applies, or skips; returns the norm before clipping and whether it was applied."""
+        self.before_change()
         if self._is_plain:
             norm = float(nn.utils.clip_grad_norm_(self._parameters.values(), self._clip))
             if not math.isfinite(norm):
@@ -200,7 +203,7 @@ class Engine:
         """Yields (kind, parameter, fp32 tensor on the device) for the weights and both moments, whole.
 
         Kinds are ``weight`` and those of ``MOMENTS``. A collective: all processes iterate together. Some tensors are
-        the ones in use: copy them before the next step.
+        the ones in use, which stay as they are until ``before_change`` returns.
         """
         for name, parameter in self._parameters.items():
             for kind in ("weight", *MOMENTS):
@@ -315,6 +318,7 @@ class Engine:
     def _write(self, parameter: nn.Parameter, kind: str, value: Tensor) -> None:
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
+        self.before_change()
         if self.stage == 3:
             self._write_partition(parameter, kind, value)
             return

@@ -1,22 +1,26 @@
 """A training's state on the host, as the bytes of a checkpoint's files, and their writing while training goes on.
 
-    weights, moments ──gather, copy──▶ Snapshot (memory used again each time) ──thread: write, hash, fsync──▶ files
+    weights, moments ──gather──▶ thread: copy ──▶ Snapshot, memory used again ──thread: write, hash, fsync──▶ files
 
-Training stands still for the copy alone. The next snapshot waits until the last one is written.
+On a CPU training stands still for the gathering alone: the next step's forward and backward pass run beside the copy,
+its update waits for it. From a GPU the copy is fast and is waited for. The next snapshot waits until the last one is
+written.
 """
 
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 _CHUNK_BYTES = 16 << 20
+_BATCH_BYTES = 4 << 20  # are handed over at once: many small tensors, so that their number costs no time
 _FP32_BYTES = 4
 
 
@@ -42,7 +46,10 @@ class TensorFile:
 
     def set(self, name: str, tensor: Tensor) -> None:
         """Copies a tensor in; from a GPU without waiting for it."""
-        self._views[name].copy_(tensor.reshape(-1), non_blocking=True)
+        if tensor.device.type == "cpu":
+            np.copyto(self._views[name].numpy(), tensor.reshape(-1).numpy())  # torch's would take the step's threads
+        else:
+            self._views[name].copy_(tensor.reshape(-1), non_blocking=True)
 
     def write(self, path: Path, half_way: Callable[[], None] = lambda: None) -> dict[str, Any]:
         """Writes the file to disk.
@@ -76,16 +83,44 @@ class Snapshot:
         self.weights = TensorFile(shapes, pinned)
         self.optimizer = TensorFile({f"{m}/{name}": shape for name, shape in shapes.items() for m in moments}, pinned)
         self._device = device
+        self._thread = ThreadPoolExecutor(1, "snapshot")
+        self._copies: list[Future[None]] = []
 
     def take(self, tensors: Iterable[tuple[str, str, Tensor]]) -> None:
-        """Copies (kind, name, tensor), see ``Engine.full_state``; they may change when this returns."""
+        """Begins to copy (kind, name, tensor), see ``Engine.full_state``; none may change before ``wait`` returns."""
+        if self._device == "cuda":
+            self._copy(tensors)
+            torch.cuda.synchronize()
+        else:
+            self._copies = [self._thread.submit(self._copy, batch) for batch in _batches(tensors)]
+
+    @property
+    def is_copied(self) -> bool:
+        """Whether ``wait`` would return at once."""
+        return all(copy.done() for copy in self._copies)
+
+    def wait(self) -> None:
+        """Returns when what was taken last is copied; any thread may call it."""
+        for copy in self._copies:
+            copy.result()
+
+    def _copy(self, tensors: Iterable[tuple[str, str, Tensor]]) -> None:
         for kind, name, tensor in tensors:
             if kind == "weight":
                 self.weights.set(name, tensor)
             else:
                 self.optimizer.set(f"{kind}/{name}", tensor)
-        if self._device == "cuda":
-            torch.cuda.synchronize()
+
+
+def _batches(tensors: Iterable[tuple[str, str, Tensor]]) -> Iterator[list[tuple[str, str, Tensor]]]:
+    batch, size = [], 0
+    for kind, name, tensor in tensors:
+        batch.append((kind, name, tensor))
+        size += tensor.nbytes
+        if size >= _BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    yield batch
 
 
 class BackgroundWriter:

@@ -236,10 +236,21 @@ class Training:
             unwritten = self._sync(self.journal)
             self._snapshot = self._snapshot or Snapshot(self.engine.shapes(), MOMENTS, self.device)
             self._snapshot.take(tensors)
+            self.engine.before_change = partial(self._wait_for_copy, self._snapshot)
             self._writer.begin(partial(self._write, self._snapshot, vars(self.state).copy(), unwritten))
         for _ in tensors:  # the other ranks' part in reading
             pass
         self.saved_step, self._saved_at, self.is_overdue = self.state.step, time.monotonic(), False
+
+    def _wait_for_copy(self, snapshot: Snapshot) -> None:
+        """Amid a step; what is waited for is the checkpoint's time."""
+        if snapshot.is_copied:
+            return
+        began = time.monotonic()
+        self.ledger.enter("checkpoint")
+        snapshot.wait()
+        self.ledger.enter_step(_CLASS[self._phase], self.step)
+        self._spent_s["save"] += time.monotonic() - began
 
     @staticmethod
     def _sync(journal: Journal) -> OSError | None:

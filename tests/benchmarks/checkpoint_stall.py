@@ -2,10 +2,12 @@
 
     OMP_NUM_THREADS=1 python tests/benchmarks/checkpoint_stall.py [--sizes small,base] [--rounds 5] [--folder DIR]
 
-Both ways copy fp32 weights and both moments of a published size, whole. At once, training waits for the write, the
-hashes, fsync and the reading again as well; beside the steps it goes on, here with products of matrices on one thread.
-Seconds of a wall clock, for waiting is what is measured; the order turns every round. The last lines are ratios, in
-percent; exits 1 when one is over its target.
+Both ways copy fp32 weights and both moments of a published size, whole. At once, training waits for the copy, the
+write, the hashes, fsync and the reading again. Beside the steps it stands still while the tensors are handed over, and
+again where the copy is not ready when the next update is due. Between them lie a forward and a backward pass, here
+products of matrices on one thread, of as many FLOPs as 1,024 tokens take, far fewer than a real step has. Seconds of a
+wall clock, for waiting is what is measured; the order turns every round. The last lines are ratios, in percent; exits 1
+when one is over its target.
 """
 
 import argparse
@@ -33,6 +35,7 @@ from pipeline.environment import git_commit
 from pipeline.snapshot import BackgroundWriter, Snapshot
 
 MOMENTS, VOCAB_SIZE, MOST_PCT = ("exp_avg", "exp_avg_sq"), 30522, 5.0
+TOKENS, SIDE = 1024, 1024  # of a step; of the square matrices whose products stand for it
 NEWEST = checkpoints.Retention(newest=1)
 
 
@@ -45,31 +48,31 @@ class Saver:
         self._state = {name: parameter.detach() for name, parameter in model.named_parameters()}
         shapes = {name: list(tensor.shape) for name, tensor in self._state.items()}
         self._folder, self._snapshot, self._writer = folder, Snapshot(shapes, MOMENTS), BackgroundWriter()
-        self.bytes = 12 * sum(tensor.numel() for tensor in self._state.values())
+        parameters = sum(tensor.numel() for tensor in self._state.values())
+        self.bytes = 12 * parameters
+        self._products = round(6 * parameters * TOKENS / (2 * SIDE**3))
         self._step = 0
 
     def at_once(self) -> float:
         """Seconds of a stand-still until the checkpoint is on disk."""
         began = time.perf_counter()
-        self._copy()
+        self._snapshot.take(self._tensors())
         self._write()
         return time.perf_counter() - began
 
     def beside(self, work: Callable[[], None]) -> tuple[float, float, float]:
         """Seconds of the stand-still; of a piece of work while the checkpoint is written; until it is."""
         began = time.perf_counter()
-        self._copy()
-        copied = time.perf_counter()
+        self._snapshot.take(self._tensors())
         self._writer.begin(self._write)
-        pieces = [seconds_of(work)]
+        handed_over = time.perf_counter()
+        pieces = [seconds_of(work) for _ in range(self._products)]
+        waited_s = seconds_of(self._snapshot.wait)
         while self._writer.is_busy:
             pieces.append(seconds_of(work))
         written = time.perf_counter()
         assert self._writer.wait() is None
-        return copied - began, statistics.median(pieces), written - copied
-
-    def _copy(self) -> None:
-        self._snapshot.take(self._tensors())
+        return handed_over - began + waited_s, statistics.median(pieces), written - handed_over
 
     def _write(self) -> None:
         self._step += 1
@@ -90,7 +93,7 @@ def seconds_of(work: Callable[[], None]) -> float:
 
 def measure(size: str, rounds: int, root: str | None) -> float:
     """Prints a line of the table; returns the stall beside the steps in percent of that at once."""
-    square = torch.rand(1024, 1024)
+    square = torch.rand(SIDE, SIDE)
 
     def work() -> None:
         square @ square

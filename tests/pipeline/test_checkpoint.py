@@ -206,6 +206,7 @@ def test_a_snapshot_is_a_copy_and_is_written_in_the_background(tmp_path: Path) -
     weight, go = torch.ones(3), threading.Event()
     snapshot, writer = Snapshot({"w": [3]}, ()), BackgroundWriter()
     snapshot.take([("weight", "w", weight)])
+    snapshot.wait()
     weight.zero_()
 
     def write() -> None:

@@ -15,6 +15,7 @@ from pipeline.journal import without_volatile
 from pipeline.profiling import StepProfiler
 from tests.conftest import clean_environment, read_journal
 
+ZERO = Path(__file__).parents[2] / "configs/deepspeed"
 SHORT = ("train.steps=6", "train.checkpoint_every=3", "train.held_out_rows=0")
 IN_THREAD = """
 from functools import partial
@@ -43,6 +44,15 @@ def after(seconds, function):
 RowLoader.rows_at = after(0.02, RowLoader.rows_at)
 Journal.append = after(1.0, Journal.append)
 """
+SLOW_COPY = """
+import time
+from pipeline.snapshot import Snapshot
+copy = Snapshot._copy
+def slow(self, tensors):
+    time.sleep(1)
+    copy(self, tensors)
+Snapshot._copy = slow
+"""
 
 
 @pytest.fixture(scope="module")
@@ -69,8 +79,8 @@ def result_of(shared_config):
 
     def read(name: str) -> tuple[list[dict], list[bytes]]:
         out = shared_config.parent / "out"
-        last = out / f"runs/{name}/pretrain/checkpoints/step_00000006"
-        tensors = [(last / file).read_bytes() for file in ("weights.safetensors", "optimizer.safetensors")]
+        files = sorted((out / f"runs/{name}/pretrain/checkpoints").glob("step_*/*.safetensors"))
+        tensors = [file.read_bytes() for file in files]
         return [without_volatile(entry) for entry in read_journal(out, name)], tensors
 
     return read
@@ -93,6 +103,18 @@ def test_a_stop_with_a_thread_saves_and_the_rest_is_the_same(pretrain, result_of
     assert "everything is saved" in stopped
     pretrain("loop_stopped", first=IN_THREAD)
     assert result_of("loop_stopped") == plain
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("stage", [0, 1])
+def test_an_update_waits_for_the_copy_of_a_checkpoint(pretrain, result_of, shared_config, stage, precision):
+    keys = (f"train.precision={precision}", f"deepspeed.config={ZERO}/zero{stage}.json", "train.log_every=1")
+    pretrain(f"copied_{stage}_{precision}", *keys)
+    pretrain(f"copied_late_{stage}_{precision}", *keys, first=SLOW_COPY)
+    assert result_of(f"copied_late_{stage}_{precision}") == result_of(f"copied_{stage}_{precision}")
+    assert len(result_of(f"copied_{stage}_{precision}")[1]) == 4, "two files at steps 3 and 6"
+    waited = read_journal(shared_config.parent / "out", f"copied_late_{stage}_{precision}")[3]
+    assert waited["step"] == 4 and waited["time/checkpoint_s"] > 0.5
 
 
 def test_damage_that_the_thread_finds_has_its_exit_code_in_its_step(pretrain, shared_config):
