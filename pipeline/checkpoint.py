@@ -135,7 +135,6 @@ def _write_files(temporary: Path, state: dict[str, Any], snapshot: "Snapshot", s
     """Everything of a checkpoint, its manifest last, on disk and read again when this returns."""
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    snapshot.wait()
     files = {
         WEIGHTS: snapshot.weights.write(temporary / WEIGHTS),
         OPTIMIZER: snapshot.optimizer.write(temporary / OPTIMIZER, lambda: strike("write")),

@@ -29,8 +29,9 @@ class Fragment:
     Attributes:
         name: Of the parameter.
         tensor: What the optimizer updates, fp32; the piece is in it.
-        start: First element of the piece.
+        start: First element of the piece in it.
         numel: Its elements.
+        offset: First element of the piece in the parameter.
         read_gradient: Gives the piece's gradient between backward and step: summed over processes, not
             clipped, times the loss scale; None where there is none.
     """
@@ -39,17 +40,22 @@ class Fragment:
     tensor: Tensor
     start: int
     numel: int
+    offset: int
     read_gradient: Callable[[], Tensor | None]
 
     @property
     def weight(self) -> Tensor:
         """The piece's fp32 weights, flat."""
-        return self.tensor.detach().view(-1).narrow(0, self.start, self.numel)
+        return self.of(self.tensor)
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """The piece of a tensor shaped as the updated one, flat."""
+        return tensor.detach().view(-1).narrow(0, self.start, self.numel)
 
 
 def whole(name: str, parameter: nn.Parameter, master: Tensor) -> Fragment:
     """Stage 0: the parameter itself, or its fp32 copy."""
-    return Fragment(name, master, 0, master.numel(), lambda: parameter.grad)
+    return Fragment(name, master, 0, master.numel(), 0, lambda: parameter.grad)
 
 
 def in_flat_group(name: str, parameter: Any, groups: list[dict[str, Any]]) -> Fragment | None:
@@ -66,7 +72,7 @@ def in_flat_group(name: str, parameter: Any, groups: list[dict[str, Any]]) -> Fr
 
     address = mapping.hp_fragment_address
     (tensor,) = groups[mapping.param_group_index]["params"]
-    return Fragment(name, tensor, address.start, address.numel, read_gradient)
+    return Fragment(name, tensor, address.start, address.numel, mapping.lp_fragment_address.start, read_gradient)
 
 
 def in_sub_group(name: str, parameter: Any, optimizer: Any, rank: int) -> Fragment | None:
@@ -80,8 +86,9 @@ def in_sub_group(name: str, parameter: Any, optimizer: Any, rank: int) -> Fragme
         return None
     tensor = optimizer.fp32_partitioned_groups_flat[number]
     return Fragment(
-        name, tensor, start, numel, lambda: optimizer.get_local_fp32_grad_for_param(parameter).view(-1)[:numel]
-    )
+        name, tensor, start, numel, rank * size,
+        lambda: optimizer.get_local_fp32_grad_for_param(parameter).view(-1)[:numel],
+    )  # fmt: skip
 
 
 def segments(

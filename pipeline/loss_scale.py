@@ -1,4 +1,4 @@
-"""State of fp16's dynamic loss scale, which decides what later steps round to: part of a checkpoint."""
+"""State of fp16's dynamic loss scale, which decides what later steps round to: part of a checkpoint; skipped steps."""
 
 from typing import Any
 
@@ -28,3 +28,12 @@ def set_loss_scale(optimizer: Any, state: dict[str, float]) -> None:
     for name, value in state.items():
         if hasattr(scaler, name):
             setattr(scaler, name, value)
+
+
+def skip_next_step(optimizer: Any) -> None:
+    """The optimizer's next step changes nothing; those after it are real again."""
+
+    def skip(*_: Any, **__: Any) -> None:
+        del optimizer.step
+
+    optimizer.step = skip

@@ -1,16 +1,15 @@
 """A training's state on the host, as the bytes of a checkpoint's files, and their writing while training goes on.
 
-    weights, moments ──gather──▶ thread: copy ──▶ Snapshot, memory used again ──thread: write, hash, fsync──▶ files
+    pieces of the state ──thread: gather, copy──▶ Snapshot, memory used again ──thread: write, hash, fsync──▶ files
 
-On a CPU training stands still for the gathering alone: the next step's forward and backward pass run beside the copy,
-its update waits for it. From a GPU the copy is fast and is waited for. The next snapshot waits until the last one is
-written.
+On CPUs the next step's forward and backward pass run beside the copy, and its update waits for it; on GPUs, whose
+collectives belong to one thread, training stands still for it. The next snapshot waits until the last one is written.
 """
 
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.pieces import Piece
+
 _CHUNK_BYTES = 16 << 20
-_BATCH_BYTES = 4 << 20  # are handed over at once: many small tensors, so that their number costs no time
 _FP32_BYTES = 4
 
 
@@ -44,12 +44,13 @@ class TensorFile:
             for name, about in header.items()
         }
 
-    def set(self, name: str, tensor: Tensor) -> None:
-        """Copies a tensor in; from a GPU without waiting for it."""
-        if tensor.device.type == "cpu":
-            np.copyto(self._views[name].numpy(), tensor.reshape(-1).numpy())  # torch's would take the step's threads
+    def set(self, name: str, offset: int, values: Tensor) -> None:
+        """Copies flat values to a tensor's elements from ``offset`` on; from a GPU without waiting for it."""
+        place = self._views[name][offset : offset + values.numel()]
+        if values.device.type == "cpu":
+            np.copyto(place.numpy(), values.numpy())  # torch's would take the step's threads
         else:
-            self._views[name].copy_(tensor.reshape(-1), non_blocking=True)
+            place.copy_(values, non_blocking=True)
 
     def write(self, path: Path, half_way: Callable[[], None] = lambda: None) -> dict[str, Any]:
         """Writes the file to disk.
@@ -83,44 +84,46 @@ class Snapshot:
         self.weights = TensorFile(shapes, pinned)
         self.optimizer = TensorFile({f"{m}/{name}": shape for name, shape in shapes.items() for m in moments}, pinned)
         self._device = device
-        self._thread = ThreadPoolExecutor(1, "snapshot")
-        self._copies: list[Future[None]] = []
 
-    def take(self, tensors: Iterable[tuple[str, str, Tensor]]) -> None:
-        """Begins to copy (kind, name, tensor), see ``Engine.full_state``; none may change before ``wait`` returns."""
+    def take(self, pieces: Iterable[Piece]) -> None:
+        """Copies every piece; they may change when this returns."""
+        for kind, name, offset, values in pieces:
+            if kind == "weight":
+                self.weights.set(name, offset, values)
+            else:
+                self.optimizer.set(f"{kind}/{name}", offset, values)
         if self._device == "cuda":
-            self._copy(tensors)
             torch.cuda.synchronize()
+
+
+class BackgroundCopy:
+    """One gathering and copying at a time, in a thread, or at once where it may not run beside the steps."""
+
+    def __init__(self, is_beside: bool):
+        self._thread = ThreadPoolExecutor(1, "copy") if is_beside else None
+        self._copying: Future[Any] = Future()
+        self._copying.set_result(None)
+
+    def begin(self, copy: Callable[[], Any]) -> None:
+        """Starts a copy, when the one before has ended."""
+        self.wait()
+        if self._thread:
+            self._copying = self._thread.submit(copy)
         else:
-            self._copies = [self._thread.submit(self._copy, batch) for batch in _batches(tensors)]
+            copy()
 
     @property
-    def is_copied(self) -> bool:
+    def is_done(self) -> bool:
         """Whether ``wait`` would return at once."""
-        return all(copy.done() for copy in self._copies)
+        return self._copying.done()
 
     def wait(self) -> None:
-        """Returns when what was taken last is copied; any thread may call it."""
-        for copy in self._copies:
-            copy.result()
+        """Waits for the copy that was begun last; any thread may.
 
-    def _copy(self, tensors: Iterable[tuple[str, str, Tensor]]) -> None:
-        for kind, name, tensor in tensors:
-            if kind == "weight":
-                self.weights.set(name, tensor)
-            else:
-                self.optimizer.set(f"{kind}/{name}", tensor)
-
-
-def _batches(tensors: Iterable[tuple[str, str, Tensor]]) -> Iterator[list[tuple[str, str, Tensor]]]:
-    batch, size = [], 0
-    for kind, name, tensor in tensors:
-        batch.append((kind, name, tensor))
-        size += tensor.nbytes
-        if size >= _BATCH_BYTES:
-            yield batch
-            batch, size = [], 0
-    yield batch
+        Raises:
+            Exception: What ended it.
+        """
+        self._copying.result()
 
 
 class BackgroundWriter:

@@ -24,7 +24,7 @@ from pipeline.log import logger
 from pipeline.plan import Plan
 from pipeline.progress import Progress
 from pipeline.replicas import deviating, digest_of
-from pipeline.snapshot import BackgroundWriter, Snapshot
+from pipeline.snapshot import BackgroundCopy, BackgroundWriter, Snapshot
 from pipeline.spikes import SpikeWatch, go_back, saved_by
 from pipeline.two_stage import stage_at
 from pipeline.watch import Watch
@@ -42,7 +42,7 @@ class TrainingState:
         step: Steps behind us, skipped ones included.
         skipped_steps: Steps without an update.
         bad_steps: Those of them with NaN or inf, fp16's search for its loss scale not counted.
-        trained_s: Seconds spent in steps, over all attempts.
+        trained_s: Seconds spent in steps, over all attempts, without waiting for a checkpoint's copy.
         open_sums: Statistics since the last journal entry.
         score: Held-out loss at this very step, where it was taken.
         loss_scale: State of fp16's loss scale.
@@ -95,7 +95,7 @@ class Training:
         self.saved_step = state.step  # restored from there; at step 0 there is nothing to lose
         self.faults, self.watch, self.ledger = guards
         self._saved_at, self.is_overdue = time.monotonic(), False
-        self._writer, self._snapshot = BackgroundWriter(), None
+        self._copy, self._writer, self._snapshot = BackgroundCopy(device == "cpu"), BackgroundWriter(), None
         self._failed_writes = 0
         self._pending: list[torch.Tensor] = []
         self._logged_step, self._logged_s = state.step, state.trained_s
@@ -133,6 +133,7 @@ class Training:
     def close(self) -> None:
         """Waits for a write that goes on, whatever has ended the training."""
         self._writer.wait()
+        self.engine.before_change = lambda: None
         self.progress.close()
         self.ledger.write()
 
@@ -219,7 +220,7 @@ class Training:
         self._logged_step, self._logged_s = state.step, state.trained_s
 
     def save(self) -> None:
-        """Copies the state of this very step, unless it is saved already, and begins to write it as a checkpoint.
+        """Begins to copy the state of this very step, unless it is saved already, and to write it as a checkpoint.
 
         Raises:
             OSError: The last two could not be written.
@@ -231,26 +232,29 @@ class Training:
         self.compare_replicas()
         self.settle(allowed_failures=1)
         self.state.loss_scale = self.engine.loss_scale
-        tensors = self.engine.full_state()
+        pieces = self.engine.state_pieces()
         if self.journal:
             unwritten = self._sync(self.journal)
             self._snapshot = self._snapshot or Snapshot(self.engine.shapes(), MOMENTS, self.device)
-            self._snapshot.take(tensors)
-            self.engine.before_change = partial(self._wait_for_copy, self._snapshot)
+            self._copy.begin(partial(self._snapshot.take, pieces))
             self._writer.begin(partial(self._write, self._snapshot, vars(self.state).copy(), unwritten))
-        for _ in tensors:  # the other ranks' part in reading
-            pass
+        else:
+            self._copy.begin(partial(list, pieces))  # none: this process sends
+        self.engine.before_change = self._wait_for_copy
         self.saved_step, self._saved_at, self.is_overdue = self.state.step, time.monotonic(), False
 
-    def _wait_for_copy(self, snapshot: Snapshot) -> None:
-        """Amid a step; what is waited for is the checkpoint's time."""
-        if snapshot.is_copied:
-            return
+    def _wait_for_copy(self) -> None:
+        """Amid a step, which does not take longer for it: what is waited for is the checkpoint's time."""
         began = time.monotonic()
-        self.ledger.enter("checkpoint")
-        snapshot.wait()
-        self.ledger.enter_step(_CLASS[self._phase], self.step)
-        self._spent_s["save"] += time.monotonic() - began
+        if not self._copy.is_done:
+            self.ledger.enter("checkpoint")
+            self._copy.wait()
+            self.ledger.enter_step(_CLASS[self._phase], self.step)
+        self._copy.wait()  # raises what ended it
+        waited_s = time.monotonic() - began
+        self._phase_began += waited_s
+        self._spent_s["save"] += waited_s
+        self.state.trained_s -= waited_s
 
     @staticmethod
     def _sync(journal: Journal) -> OSError | None:
@@ -268,6 +272,7 @@ class Training:
         try:
             if unwritten:
                 raise unwritten
+            self._copy.wait()
             folder = self.folder / "checkpoints"
             checkpoints.save(folder, state, snapshot, retention, lambda phase: self.faults.strike(phase, step))
         except OSError as error:

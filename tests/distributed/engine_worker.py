@@ -19,6 +19,7 @@ from model.batch import GlobalCounts
 from model.flops import Trains
 from model.kernels.select import select_kernels
 from model.statistics import Statistics
+from pipeline import pieces
 from pipeline.config import Config
 from pipeline.distributed import discover_process, exit_process, init_process_group
 from pipeline.engine import Engine, StepResult
@@ -126,7 +127,16 @@ class Training:
         return self.engine.step(batches, 0.01, trains, measures_norms=True)  # type: ignore[arg-type]
 
     def state(self) -> dict[str, list[float]]:
-        return {f"{kind}/{name}": value.flatten().tolist() for kind, name, value in self.engine.full_state()}
+        """Whole, on every process; what the first one puts together from pieces is the same."""
+        whole = {f"{kind}/{name}": value.flatten() for kind, name, value in self.engine.full_state()}
+        gathered = {key: torch.full_like(value, torch.nan) for key, value in whole.items()}
+        for kind, name, offset, values in self.engine.state_pieces():
+            place = gathered[f"{kind}/{name}"][offset : offset + len(values)]
+            assert place.isnan().all(), f"{kind} of {name} came twice"
+            place.copy_(values)
+        assert self.rank or all(torch.equal(gathered[key], value) for key, value in whole.items())
+        assert not self.rank or all(value.isnan().all() for value in gathered.values())
+        return {key: value.tolist() for key, value in whole.items()}
 
 
 def train(case: dict[str, Any], training: Training) -> dict[str, Any]:
@@ -183,6 +193,7 @@ def main(out: Path, cases: dict[str, dict[str, Any]]) -> None:
     process = discover_process()
     assert process
     torch.set_num_threads(1)
+    pieces._CHUNK_NUMBERS = 40  # so that some pieces travel together, and not all
     init_process_group(process, "cpu")
     found = {}
     for name, case in cases.items():

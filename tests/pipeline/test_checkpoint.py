@@ -13,14 +13,16 @@ import torch
 from pipeline import checkpoint as checkpoints
 from pipeline.errors import ConfigError, DamagedError
 from pipeline.faults import Faults
+from pipeline.pieces import Piece
 from pipeline.snapshot import BackgroundWriter, Snapshot
 
 
 def snapshot_of(value: float) -> Snapshot:
     snapshot = Snapshot({"layer.weight": [4, 4], "scale": [], "none": [0]}, ("exp_avg", "exp_avg_sq"))
     kinds = ("weight", "exp_avg", "exp_avg_sq")
-    snapshot.take((kind, "layer.weight", torch.full((4, 4), value + number)) for number, kind in enumerate(kinds))
-    snapshot.take((kind, "scale", torch.tensor(-value)) for kind in kinds)
+    halves = [(kind, torch.full((8,), value + number)) for number, kind in enumerate(kinds)]
+    snapshot.take(Piece(kind, "layer.weight", offset, half) for offset in (8, 0) for kind, half in halves)
+    snapshot.take(Piece(kind, "scale", 0, torch.tensor([-value])) for kind in kinds)
     return snapshot
 
 
@@ -205,8 +207,7 @@ def test_what_reads_otherwise_than_it_was_written_is_not_published(tmp_path: Pat
 def test_a_snapshot_is_a_copy_and_is_written_in_the_background(tmp_path: Path) -> None:
     weight, go = torch.ones(3), threading.Event()
     snapshot, writer = Snapshot({"w": [3]}, ()), BackgroundWriter()
-    snapshot.take([("weight", "w", weight)])
-    snapshot.wait()
+    snapshot.take([Piece("weight", "w", 0, weight)])
     weight.zero_()
 
     def write() -> None:

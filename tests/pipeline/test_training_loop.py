@@ -47,11 +47,11 @@ Journal.append = after(1.0, Journal.append)
 SLOW_COPY = """
 import time
 from pipeline.snapshot import Snapshot
-copy = Snapshot._copy
-def slow(self, tensors):
-    time.sleep(1)
-    copy(self, tensors)
-Snapshot._copy = slow
+take = Snapshot.take
+def slow(self, pieces):
+    time.sleep(3)
+    take(self, pieces)
+Snapshot.take = slow
 """
 
 
@@ -105,16 +105,30 @@ def test_a_stop_with_a_thread_saves_and_the_rest_is_the_same(pretrain, result_of
     assert result_of("loop_stopped") == plain
 
 
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("stage", [0, 1])
 def test_an_update_waits_for_the_copy_of_a_checkpoint(pretrain, result_of, shared_config, stage, precision):
-    keys = (f"train.precision={precision}", f"deepspeed.config={ZERO}/zero{stage}.json", "train.log_every=1")
-    pretrain(f"copied_{stage}_{precision}", *keys)
-    pretrain(f"copied_late_{stage}_{precision}", *keys, first=SLOW_COPY)
-    assert result_of(f"copied_late_{stage}_{precision}") == result_of(f"copied_{stage}_{precision}")
-    assert len(result_of(f"copied_{stage}_{precision}")[1]) == 4, "two files at steps 3 and 6"
-    waited = read_journal(shared_config.parent / "out", f"copied_late_{stage}_{precision}")[3]
-    assert waited["step"] == 4 and waited["time/checkpoint_s"] > 0.5
+    check_late_copy(pretrain, result_of, shared_config, f"{stage}_{precision}", f"train.precision={precision}", stage)
+
+
+def test_the_second_stage_waits_for_the_copy_before_it_takes_the_generators_weights(pretrain, result_of, shared_config):
+    keys = "objective.training=two_stage objective.generator_steps=3 objective.sharing=none model.generator_width=1"
+    check_late_copy(pretrain, result_of, shared_config, "two_stage", keys, 0)
+
+
+def check_late_copy(pretrain, result_of, shared_config, name: str, keys: str, stage: int) -> None:
+    """Whether a copy of three seconds, taken beside step 4, holds the state after step 3, and the time is accounted."""
+    overrides = (*keys.split(), f"deepspeed.config={ZERO}/zero{stage}.json", "train.log_every=1")
+    pretrain(f"copied_{name}", *overrides)
+    pretrain(f"late_{name}", *overrides, first=SLOW_COPY)
+    assert result_of(f"late_{name}") == result_of(f"copied_{name}")
+    assert len(result_of(f"late_{name}")[1]) == 4, "two files at steps 3 and 6"
+    out = shared_config.parent / "out"
+    entry = read_journal(out, f"late_{name}")[3]
+    assert entry["step"] == 4 and entry["time/checkpoint_s"] > 1
+    assert entry["time/overhead_s"] < 1 and entry["wall_s"] < 3 + read_journal(out, f"copied_{name}")[3]["wall_s"]
+    (account,) = (out / f"runs/late_{name}/pretrain/goodput").glob("*.json")
+    assert json.loads(account.read_text())["seconds"]["checkpoint"] > 4, "beside step 4, and at the end"
 
 
 def test_damage_that_the_thread_finds_has_its_exit_code_in_its_step(pretrain, shared_config):
