@@ -22,9 +22,9 @@ VARIABLE = "ELECTRA_FAULT"
 Kind = Literal["kill", "hang", "slow", "nan", "flip", "full", "memory"]
 Phase = Literal["start", "data", "exchange", "step", "log", "held_out", "save", "write", "publish", "stop"]
 """Parts of a training. start: before the first step. data: making a step's rows. exchange: its denominators. step: its
-passes and update. log: its line in the journal. held_out: scoring. save: before the state is copied for a checkpoint. write,
-publish: in the background, when half of its bytes are on disk, and before the rename that makes it one. stop: all that
-follows being told to."""
+passes and update. log: its line in the journal. held_out: scoring. save: before the state is copied for a checkpoint.
+write, publish: in the background, when half of its bytes are on disk, and before the rename that makes it one. stop:
+all that follows being told to."""
 
 _OWN_PHASE: dict[Kind, Phase] = {
     "kill": "step",
