@@ -2,6 +2,7 @@
 
 import socket
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -132,7 +133,8 @@ class Training:
 
     def close(self) -> None:
         """Waits for a write that goes on, whatever has ended the training."""
-        self._writer.wait()
+        with suppress(RuntimeError):  # of a copy: the loop has met it
+            self._writer.wait()
         self.engine.before_change = lambda: None
         self.progress.close()
         self.ledger.write()
@@ -329,6 +331,7 @@ class Training:
         Raises:
             OSError: That failed, and so did ``allowed_failures`` before it.
         """
+        self._copy.wait()  # as a part of it that needs the others, it fails as exchanges do
         error = self.control.broadcast(self._writer.wait())
         self._failed_writes = self._failed_writes + 1 if error else 0
         if self._failed_writes > allowed_failures:
