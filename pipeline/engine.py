@@ -100,7 +100,7 @@ class Engine:
         self._parameters = {names[parameter]: parameter for parameter in model.parameters()}
         self._create_moments()
         self._fragments = self._find_fragments()
-        self._pieces = Pieces(self._fragments, self._read_fragment, self.stage > 0 and self._world_size > 1)
+        self._pieces = Pieces(self._fragments, self._read_fragment, self.shapes(), self.stage > 0, device == "cpu")
         if isinstance(optimizer, ElectraLamb):
             tensors = [tensor for _, tensors in self._updated_tensors() for tensor in tensors]
             optimizer.set_segments(

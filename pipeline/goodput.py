@@ -25,9 +25,8 @@ Class = Literal[
 ]
 """startup: until the first step, imports included. restore: finding, verifying and reading a checkpoint. productive:
 passes and updates. replayed: steps that an earlier attempt had made. data: waiting for rows. checkpoint: copying the
-state, and waiting for the write before. evaluation: held-out rows. overhead: exchanges and the journal. drain: from
-being told to stop to the end. down: from a failure to the next start, or to the allocation's
-end."""
+state or waiting for that, and for the write before. evaluation: held-out rows. overhead: exchanges and the journal.
+drain: from being told to stop to the end. down: from a failure to the next start, or to the allocation's end."""
 
 CLASSES: tuple[Class, ...] = get_args(Class)
 _ALLOCATION = "ELECTRA_ALLOCATION"

@@ -7,9 +7,12 @@ Each number travels once, and only to where it is saved. ``Engine.full_state``
 says the same in another way: whole tensors, on every process.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -46,24 +49,30 @@ class _Span(NamedTuple):
 class Pieces:
     """Who has what of the state."""
 
-    def __init__(self, fragments: list[Fragment], read: Callable[[Fragment, str], Tensor], are_spread: bool):
+    def __init__(
+        self, fragments: list[Fragment], read: Callable[[Fragment, str], Tensor], shapes: dict[str, list[int]],
+        are_spread: bool, is_beside: bool,
+    ):  # fmt: skip
         """Tells the first process what each has; a collective.
 
         Args:
             fragments: Of this process.
             read: A fragment's values of a kind, fp32 and flat; those in use.
+            shapes: Of every parameter, whole.
             are_spread: False where every process has everything.
+            is_beside: Whether a thread shall gather beside the steps, over a group of its own.
         """
         self._fragments, self._read = fragments, read
         self._rank = dist.get_rank()
         self._group: Any = None
         mine = [_Span(fragment.name, fragment.offset, fragment.numel) for fragment in fragments]
         self._spans = [mine]
-        if are_spread:
+        if are_spread and dist.get_world_size() > 1:
             self._spans = [[] for _ in range(dist.get_world_size())]
             dist.all_gather_object(self._spans, mine)
-            if dist.get_backend() == "gloo":
-                self._group = dist.new_group()  # of its own, so that a thread can use it beside the steps
+            if is_beside:
+                self._group = dist.new_group()
+        self._check({name: math.prod(shape) for name, shape in shapes.items()})
 
     def gather(self, kinds: Sequence[str]) -> Iterator[Piece]:
         """Yields every piece of the state on the first process, none on the others; a collective.
@@ -82,15 +91,31 @@ class Pieces:
                     elif self._rank == rank:
                         self._send(kind, self._fragments[chunk])
 
+    def _check(self, sizes: dict[str, int]) -> None:
+        """Every element of every parameter is in one piece."""
+        ends = dict.fromkeys(sizes, 0)
+        for span in sorted(chain.from_iterable(self._spans), key=lambda span: span.offset):
+            assert span.offset == ends[span.name], f"{span.name}: element {ends[span.name]} is in no piece, or in two"
+            ends[span.name] += span.numel
+        assert ends == sizes, f"no piece has the end of {[name for name in sizes if ends[name] != sizes[name]]}"
+
     def _send(self, kind: str, fragments: list[Fragment]) -> None:
-        dist.send(torch.cat([self._read(fragment, kind) for fragment in fragments]), 0, self._group)
+        pieces = [self._read(fragment, kind) for fragment in fragments]
+        is_on_host = pieces[0].device.type == "cpu"  # where torch would take the step's threads
+        values = torch.from_numpy(np.concatenate([p.numpy() for p in pieces])) if is_on_host else torch.cat(pieces)
+        self._exchange(dist.isend, values, 0)
 
     def _receive(self, rank: int, kind: str, spans: list[_Span]) -> Iterator[Piece]:
         sizes = [span.numel for span in spans]
         buffer = torch.empty(sum(sizes), device=self._fragments[0].tensor.device)
-        dist.recv(buffer, rank, self._group)
+        self._exchange(dist.irecv, buffer, rank)
         for span, values in zip(spans, buffer.split(sizes), strict=True):
             yield Piece(kind, span.name, span.offset, values)
+
+    def _exchange(self, how: Callable[..., Any], values: Tensor, peer: int) -> None:
+        """As a batch of one, for which NCCL needs no communicator beside the group's."""
+        for work in dist.batch_isend_irecv([dist.P2POp(how, values, peer, self._group)]):
+            work.wait()
 
 
 def _chunks(spans: list[_Span]) -> Iterator[slice]:

@@ -132,9 +132,10 @@ class Training:
         self.enter("start", self.state.step + 1)
 
     def close(self) -> None:
-        """Waits for a write that goes on, whatever has ended the training."""
-        with suppress(RuntimeError):  # of a copy: the loop has met it
-            self._writer.wait()
+        """Waits for a copy and a write that go on, whatever has ended the training."""
+        for background in (self._copy, self._writer):
+            with suppress(Exception):  # the loop has met it
+                background.wait()
         self.engine.before_change = lambda: None
         self.progress.close()
         self.ledger.write()

@@ -75,7 +75,7 @@ def pretrain(electra, shared_config):
 
 @pytest.fixture(scope="module")
 def result_of(shared_config):
-    """The journal's lasting part, and the last checkpoint's weights and moments as bytes."""
+    """The journal's lasting part, and the checkpoints' weights and moments as bytes."""
 
     def read(name: str) -> tuple[list[dict], list[bytes]]:
         out = shared_config.parent / "out"
@@ -124,9 +124,11 @@ def check_late_copy(pretrain, result_of, shared_config, name: str, keys: str, st
     assert result_of(f"late_{name}") == result_of(f"copied_{name}")
     assert len(result_of(f"late_{name}")[1]) == 4, "two files at steps 3 and 6"
     out = shared_config.parent / "out"
-    entry = read_journal(out, f"late_{name}")[3]
-    assert entry["step"] == 4 and entry["time/checkpoint_s"] > 1
-    assert entry["time/overhead_s"] < 1 and entry["wall_s"] < 3 + read_journal(out, f"copied_{name}")[3]["wall_s"]
+    journals = [read_journal(out, f"{which}_{name}") for which in ("late", "copied")]
+    entry = journals[0][3]
+    assert entry["step"] == 4 and entry["time/checkpoint_s"] > 1 > entry["time/overhead_s"]
+    late, copied = ([entry["wall_s"] for entry in journal] for journal in journals)
+    assert late == sorted(late) and late[3] - late[2] < copied[3] - copied[2] + 1.5, "the wait is no part of a step"
     (account,) = (out / f"runs/late_{name}/pretrain/goodput").glob("*.json")
     assert json.loads(account.read_text())["seconds"]["checkpoint"] > 4, "beside step 4, and at the end"
 
