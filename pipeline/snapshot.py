@@ -113,9 +113,9 @@ class BackgroundCopy:
             copy()
 
     @property
-    def is_done(self) -> bool:
-        """Whether ``wait`` would return at once."""
-        return self._copying.done()
+    def is_busy(self) -> bool:
+        """Whether the copy that was begun last goes on."""
+        return not self._copying.done()
 
     def wait(self) -> None:
         """Waits for the copy that was begun last; any thread may.

@@ -249,11 +249,9 @@ class Training:
     def _wait_for_copy(self) -> None:
         """Amid a step, which does not take longer for it: what is waited for is the checkpoint's time."""
         began = time.monotonic()
-        if not self._copy.is_done:
-            self.ledger.enter("checkpoint")
-            self._copy.wait()
-            self.ledger.enter_step(_CLASS[self._phase], self.step)
-        self._copy.wait()  # raises what ended it
+        self.ledger.enter("checkpoint")
+        self._copy.wait()
+        self.ledger.enter_step(_CLASS[self._phase], self.step)
         waited_s = time.monotonic() - began
         self._phase_began += waited_s
         self._spent_s["save"] += waited_s

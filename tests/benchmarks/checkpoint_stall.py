@@ -79,7 +79,7 @@ class Saver:
         still_s, slowed_s = time.perf_counter() - began, 0.0
         products = []
         while len(products) < self._products:
-            is_copying = not self._copy.is_done
+            is_copying = self._copy.is_busy
             products.append(self.multiply())
             slowed_s += (products[-1] - alone_s) * is_copying
         update = time.perf_counter()

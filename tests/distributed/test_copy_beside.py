@@ -8,19 +8,11 @@ import pytest
 
 from tests.conftest import Electra, clean_environment, free_port, read_journal
 from tests.distributed.drill import zero
+from tests.pipeline.test_training_loop import SLOW_COPY
 
 pytestmark = pytest.mark.distributed
 
 KEYS = ("train.steps=6", "train.checkpoint_every=3", "train.log_every=1", "train.held_out_rows=0")
-SLOW_COPY = """
-import time
-from pipeline.snapshot import Snapshot
-take = Snapshot.take
-def slow(self, pieces):
-    time.sleep(3)
-    take(self, pieces)
-Snapshot.take = slow
-"""
 
 
 @pytest.fixture
