@@ -67,13 +67,22 @@ def _is_gone(host: str, pid: int, path: Path) -> bool:
         return True
     if host != _host():
         return time.time() - path.stat().st_mtime > _ABANDONED_AFTER_S
+    return not is_running(pid)
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process of this machine runs.
+
+    One that was killed keeps its number until its parent asks for it, in a container perhaps for ever.
+    """
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
-        return True
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]  # proc(5)
     except PermissionError:  # another user's process
-        pass
-    return False
+        return True
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return state not in "ZX"
 
 
 def _host() -> str:

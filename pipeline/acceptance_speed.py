@@ -74,7 +74,7 @@ def mfu(config: Config, process: Process) -> list[Check]:
             seconds = _time_steps(Bench(config, plan, choice, SyntheticRows(config), device), rows)
         except torch.OutOfMemoryError as error:
             problem = str(error).partition("\n")[0]
-        peak, source = peak_flops(device, threads)
+        peak, source = peak_flops(device, threads, config.train.precision)
         answers = meeting.exchange("measuring steps", [problem, statistics.median(seconds), peak], _PATIENCE_S)
     bad = [rank for rank, (problem, *_) in enumerate(answers) if problem]
     if bad:

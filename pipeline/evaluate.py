@@ -91,6 +91,7 @@ def run_evaluate(config: Config, record: StageRecord, process: Process) -> bool:
             write_results(folder, gather(config, of_one, record), of_one)
         results = gather(config, chosen, record)
         write_summary(folder, results)
+        remove_abandoned(folder, below=False)  # of processes that were killed since
         scored = chosen[0].pretrained
         record.output = {"checkpoint_step": scored.step, "results": str(folder / "results.json")}
         record.output |= {"checkpoint": str(scored.folder), "checkpoint_sha256": scored.digest}

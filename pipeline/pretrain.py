@@ -113,7 +113,7 @@ def _prepare(
     loader = open_rows(config, folders, weights)
     kernels = choose_kernels(config, device, kept_kernels(record.numerics, device))
     _check_disk(folder, plan, control)
-    peak, peak_source = peak_flops(device, threads)
+    peak, peak_source = peak_flops(device, threads, config.train.precision)
     _log_plan(plan, loader, weights)
     for operation, name in kernels.names.items():
         logger.info("%-32s %s (%s)", f"kernel of {operation}", name, kernels.reasons[operation])

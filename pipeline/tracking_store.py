@@ -18,6 +18,7 @@ from mlflow.entities import Experiment, LifecycleStage, Metric, Param, RunTag
 from mlflow.entities import Run as MlflowRun
 from mlflow.exceptions import MlflowException
 
+from data_shards.temporaries import is_running
 from pipeline.errors import ElectraError
 from pipeline.redaction import redact
 
@@ -201,19 +202,11 @@ def create_sqlite(path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     prefix = f".{path.name}.{os.uname().nodename}."
     for leftover in path.parent.glob(f"{prefix}*.tmp*"):  # of creators on this host that were killed
-        if not _is_running(leftover.name.removeprefix(prefix).split(".")[0]):
+        pid = leftover.name.removeprefix(prefix).partition(".")[0]
+        if pid.isdigit() and not is_running(int(pid)):
             leftover.unlink(missing_ok=True)
     temporary = path.with_name(f"{prefix}{os.getpid()}.tmp")
     MlflowClient(tracking_uri=f"sqlite:///{temporary}").search_experiments()
     with suppress(FileExistsError):  # another client was first; its file is as good
         os.link(temporary, path)
     temporary.unlink()
-
-
-def _is_running(pid: str) -> bool:
-    """A process that was killed keeps its number until its parent asks for it, in a container perhaps for ever."""
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]  # proc(5)
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-    return state not in "ZX"
