@@ -1,5 +1,5 @@
 # make quickstart   set up, then tokenize, pretrain and evaluate on the bundled sample
-# make test         set up, then all tests: two files at a time, then those that need Slurm
+# make test         set up, then all tests: three files at a time, those that need Slurm one after the other
 # make soak         set up, then the long forms of what must survive kills: hours
 # make check        format, lint, types, house rules
 VENV ?= .venv
@@ -25,8 +25,7 @@ quickstart: setup
 	echo "done in $$(( $$(date +%s) - begin )) s after installation"
 
 test: setup
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slurm and not soak"
-	$(BIN)/python -m pytest -m "slurm and not soak"
+	$(BIN)/python -m pytest -n 3 --dist loadgroup --no-loadscope-reorder -m "not soak"
 
 soak: setup
 	$(BIN)/python -m pytest -m soak

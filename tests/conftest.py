@@ -21,6 +21,15 @@ if not torch.cuda.is_available():
 
 _LIMIT_S = 300.0
 
+
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Among several workers a file is one's, and so are all tests that need Slurm, which go first: they mostly wait."""
+    items.sort(key=lambda item: item.get_closest_marker("slurm") is None)
+    for item in items:
+        of_slurm = item.get_closest_marker("slurm") is not None
+        item.add_marker(pytest.mark.xdist_group("slurm" if of_slurm else item.path.stem))
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 TINY = """
