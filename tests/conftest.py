@@ -30,6 +30,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         of_slurm = item.get_closest_marker("slurm") is not None
         item.add_marker(pytest.mark.xdist_group("slurm" if of_slurm else item.path.stem))
 
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 TINY = """
@@ -107,23 +108,27 @@ def clean_environment(**more: str) -> dict[str, str]:
 
 Electra = Callable[..., subprocess.CompletedProcess[str]]
 
+_READ_WHEN_USED = ("ELECTRA_", "RANK", "WORLD_SIZE", "MLFLOW_TRACKING_TOKEN", "HF_TOKEN")
+"""Variables that no import reads: to a fork they may be given."""
+
 
 @pytest.fixture(scope="session")
 def electra(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Electra]:
     """Runs the real command line; ``code`` is the exit code that is expected.
 
-    It is a fork of a process that has imported everything; with variables given, which an import may read, it is a
-    start anew.
+    It is a fork of a process that has imported everything, and executes the lines ``first`` before it begins; with
+    variables given that an import may read, it is a start anew.
     """
     forked, outputs = ForkedProgram(), tmp_path_factory.mktemp("said")
 
-    def run(*arguments: object, code: int = 0, **environment: str) -> subprocess.CompletedProcess[str]:
+    def run(*arguments: object, code: int = 0, first: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
         given, own = command(*arguments), clean_environment(**environment)
-        if environment:
-            done = subprocess.run(given, env=own, capture_output=True, text=True, timeout=_LIMIT_S)
-        else:
-            said = forked.run(given[3:], own, outputs / uuid.uuid4().hex, _LIMIT_S)
+        if all(name.startswith(_READ_WHEN_USED) for name in environment):
+            said = forked.run(given[3:], own, outputs / uuid.uuid4().hex, _LIMIT_S, first)
             done = subprocess.CompletedProcess(given, *said)
+        else:
+            assert not first
+            done = subprocess.run(given, env=own, capture_output=True, text=True, timeout=_LIMIT_S)
         assert done.returncode == code, f"exit code {done.returncode}, not {code}\n{done.stdout}\n{done.stderr}"
         if code:
             assert "Traceback" not in done.stderr, done.stderr

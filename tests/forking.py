@@ -49,7 +49,7 @@ class ForkedProgram:
         self._process: subprocess.Popen[str] | None = None
 
     def run(
-        self, arguments: list[str], environment: dict[str, str], folder: Path, timeout_s: float
+        self, arguments: list[str], environment: dict[str, str], folder: Path, timeout_s: float, first: str = ""
     ) -> tuple[int, str, str]:
         """One start of ``electra``.
 
@@ -58,6 +58,7 @@ class ForkedProgram:
             environment: All of it. What a library reads when it is imported was read before.
             folder: For what it says; made.
             timeout_s: After which it is killed.
+            first: Lines of Python that it executes before anything else.
 
         Returns:
             Its exit code as subprocess says it, what it wrote to stdout, and to stderr.
@@ -66,7 +67,7 @@ class ForkedProgram:
         out, err = folder / "out", folder / "err"
         job = {
             "arguments": arguments, "environment": environment, "cwd": os.getcwd(), "out": str(out), "err": str(err),
-            "timeout_s": timeout_s,
+            "timeout_s": timeout_s, "first": first,
         }  # fmt: skip
         process = self._started(environment)
         assert process.stdin and process.stdout
@@ -96,7 +97,7 @@ def _serve() -> None:
         pid = os.fork()
         if pid == 0:
             _become(job)
-            os._exit(run_program(job["arguments"], job["environment"]))
+            os._exit(run_program(job["arguments"], job["environment"], job["first"]))
         print(_wait(pid, job["timeout_s"]), file=answers, flush=True)
 
 
@@ -156,8 +157,11 @@ def _close_all_but(inherited: Sequence[int]) -> None:
                 os.close(int(name))
 
 
-def run_program(arguments: list[str], environment: dict[str, str]) -> int:
-    """``electra`` with these arguments and nothing else in its environment, in this process; returns its exit code."""
+def run_program(arguments: list[str], environment: dict[str, str], first: str = "") -> int:
+    """``electra`` with these arguments and nothing else in its environment, in this process; returns its exit code.
+
+    The lines ``first`` are executed before it.
+    """
     os.environ.clear()
     os.environ.update(environment)
     sys.argv = ["electra", *arguments]
@@ -166,6 +170,7 @@ def run_program(arguments: list[str], environment: dict[str, str]) -> int:
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     code = 1
     try:
+        exec(first, {"__name__": "first"})
         sys.modules["pipeline.cli"].main()
         code = 0
     except SystemExit as ended:

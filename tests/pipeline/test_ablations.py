@@ -1,7 +1,6 @@
 """The paper's comparisons: equal FLOPs on paper, and every variant trains from the command line."""
 
 import math
-import subprocess
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -10,13 +9,11 @@ import pytest
 
 from pipeline.config_file import load_configs
 from pipeline.plan import make_plan
-from tests.conftest import REPOSITORY, clean_environment, command, read_journal
+from tests.conftest import REPOSITORY, Electra, read_journal
 
 FILES = sorted((REPOSITORY / "configs" / "ablations").glob("*.yaml"), key=lambda path: path.stem)
 VARIANTS = [(path, config.run.variant) for path in FILES for config in load_configs(path)]
 STEPS = 30
-LONGEST_S = 1800
-"""Of a command with seven variants, on a machine that does much else; alone it takes one minute."""
 
 SMALLEST = (
     "model.size=tiny", "model.hidden_layers=2", "model.hidden_size=64", "model.attention_heads=4",
@@ -58,18 +55,14 @@ def test_overrides_of_these_tests_leave_the_comparisons_as_they_are() -> None:
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], Path]:
+def trained(tmp_path_factory: pytest.TempPathFactory, electra: Electra) -> Callable[[Path], Path]:
     """Trains a file's variants by one command, when the first of them is asked for. Returns the run.dir."""
     folder = tmp_path_factory.mktemp("ablations")
     corpora = f'data.corpora=[{{name: kjv, path: "{REPOSITORY}/data_shards/sample/*.txt.xz"}}]'
 
     @cache
     def run(path: Path) -> Path:
-        done = subprocess.run(
-            command("run", path, *SMALLEST, f"run.dir={folder}", corpora),
-            env=clean_environment(), capture_output=True, text=True, timeout=LONGEST_S,
-        )  # fmt: skip
-        assert done.returncode == 0, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
+        electra("run", path, *SMALLEST, f"run.dir={folder}", corpora)
         return folder
 
     return run

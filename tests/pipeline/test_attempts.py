@@ -1,8 +1,6 @@
 """What an attempt leaves for the next one: its exit code with the reason, and the steps from which requeues went on."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,22 +18,19 @@ from pipeline.errors import (
     StoppedByFile,
     StoppedEarly,
 )
-from tests.conftest import Electra, clean_environment
+from tests.conftest import Electra
 
 STOP_AT_STEP_3 = """
-import os
 from pathlib import Path
 from data_shards.loader import RowLoader
 from pipeline import stopping
-from pipeline.cli import main
 stopping._SECONDS_BETWEEN_LOOKS = 0.0
 rows_at = RowLoader.rows_at
 def touch_and_read(self, step, *rest):
     if step == 3:
-        Path(os.environ["STOP"]).touch()
+        Path(stop_file).touch()
     return rows_at(self, step, *rest)
 RowLoader.rows_at = touch_and_read
-main()
 """
 
 
@@ -183,18 +178,14 @@ def test_a_stop_file_ends_a_run_with_all_saved_and_holds_it(
     arguments = [str(shared_config), "run.name=held", "train.steps=8", "train.held_out_rows=0"]
     electra("tokenize", *arguments)
     folder = shared_config.parent / "out/runs/held"
-    environment = clean_environment(STOP=str(folder / "STOP"), ELECTRA_EXIT_FILE=str(tmp_path / "exit"))
-    done = subprocess.run(
-        [sys.executable, "-c", STOP_AT_STEP_3, "pretrain", *arguments],
-        env=environment | {"RANK": "0", "WORLD_SIZE": "1"}, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    assert done.returncode == 85, done.stderr
+    rank = {"RANK": "0", "WORLD_SIZE": "1"}
+    stops = f"stop_file = {str(folder / 'STOP')!r}\n{STOP_AT_STEP_3}"
+    electra("pretrain", *arguments, first=stops, code=85, ELECTRA_EXIT_FILE=str(tmp_path / "exit"), **rank)
     recorded = (tmp_path / "exit").read_text()
     assert recorded.startswith("85 held: stopped at step") and "STOP is there" in recorded
     saved = list((folder / "pretrain/checkpoints").glob("step_*"))
     assert len(saved) == 1
 
-    rank = {"RANK": "0", "WORLD_SIZE": "1"}
     for more in ([], ["--check"]):
         done = electra("pretrain", *arguments, *more, code=85, **rank)
         assert "STOP is there: remove it to go on" in done.stderr

@@ -36,6 +36,7 @@ SMALL = (
     "train.precision=fp32", "train.checkpoint_every=2", "train.log_every=1", "train.held_out_rows=4",
     "optimizer.warmup_steps=2", "launch.device=cpu", "launch.threads_per_process=1", "evaluate.seeds=1",
     "evaluate.epochs=1", "evaluate.max_length=32", "train.held_out_every=null", "tokenizer.vocab_size=300",
+    "tracking.uri=none",
 )  # fmt: skip
 """What makes any run of a recipe take seconds on a CPU."""
 

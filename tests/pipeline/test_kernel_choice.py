@@ -37,7 +37,7 @@ def record_of(config_path: Path, name: str) -> Path:
 def test_a_backend_that_cannot_run_here_ends_the_stage_at_once(shared_config, electra: Electra):
     name = "run.name=kernels-refused"
     electra("tokenize", shared_config, name)
-    message = electra("pretrain", shared_config, name, "kernels.backend=triton", code=78, TRITON_INTERPRET="0").stderr
+    message = electra("pretrain", shared_config, name, "kernels.backend=triton", code=78).stderr
     assert "kernels.backend=triton does not work here: Triton kernels need a GPU" in message
     assert message.strip().endswith("or set kernels.backend=auto")
 
@@ -46,7 +46,7 @@ def test_a_run_keeps_its_kernels_and_says_when_it_cannot(shared_config, electra:
     """Two attempts under stored names that ``auto`` would not choose: one there is, one that is gone."""
     name, short = "run.name=kernels-kept", "train.stop_after_seconds=0.001"
     electra("tokenize", shared_config, name)
-    first = electra("pretrain", shared_config, name, short, code=85, TRITON_INTERPRET="0").stderr
+    first = electra("pretrain", shared_config, name, short, code=85).stderr
     for operation in OPERATIONS:
         assert f"kernel of {operation}".ljust(32) + " torch (Triton and apex need" in first
     path = record_of(shared_config, "kernels-kept")
@@ -56,7 +56,7 @@ def test_a_run_keeps_its_kernels_and_says_when_it_cannot(shared_config, electra:
     record["numerics"]["kernels"] |= {"add_norm": "reference", "embed": "triton"}
     path.write_text(json.dumps(record))
 
-    second = electra("pretrain", shared_config, name, short, code=85, TRITON_INTERPRET="0").stderr
+    second = electra("pretrain", shared_config, name, short, code=85).stderr
     assert "kernel of add_norm".ljust(32) + " reference (kept from the run's first attempt)" in second
     assert "kernel of embed runs on torch: Triton kernels need a GPU" in second
     (changed,) = [line for line in second.splitlines() if "results agree to rounding, not bitwise" in line]

@@ -94,16 +94,22 @@ def test_a_signal_to_every_process_stops_it_with_what_is_done_kept(arguments, un
     assert content_of(tmp_path) == uninterrupted
 
 
-def test_a_stop_does_not_wait_for_a_long_task_nor_for_the_tokenizer(arguments, text, tmp_path):
+def test_a_stop_does_not_wait_for_a_long_task_nor_for_the_tokenizer(arguments, uninterrupted, text, tmp_path):
     import gzip
 
+    packed = gzip.compress(text.read_bytes() * 8, 1)
     for name in ("long", "other"):
-        (tmp_path / f"{name}.txt.gz").write_bytes(gzip.compress(text.read_bytes() * 8, 1))
-    long = [arguments[0], f'data.corpora=[{{"name": "long", "path": "{tmp_path}/*.gz"}}]', "data.num_workers=2",
-            "tokenizer.vocab_size=1000"]  # fmt: skip
-    moments = ("1/digests", "2/runs/*/tokenize/stage.json", "3/shards/*/.shard_*.tmp")
-    for moment in moments:  # while it looks at the text, while it trains the tokenizer, while it encodes
-        process = start(*long, f"run.dir={tmp_path}/{moment[0]}", new_session=True)
+        (tmp_path / f"{name}.txt.gz").write_bytes(packed)
+    (model,) = (content for name, content in uninterrupted.items() if name.endswith("/tokenizer.model"))
+    (tmp_path / "tokenizer.model").write_bytes(model)
+    long = [arguments[0], f'data.corpora=[{{"name": "long", "path": "{tmp_path}/*.gz"}}]', "data.num_workers=2"]
+    trained, given = "tokenizer.vocab_size=1000", f"tokenizer.path={tmp_path}/tokenizer.model"
+    for moment, tokenizer in (
+        ("1/digests", trained),  # while it looks at the text
+        ("2/runs/*/tokenize/stage.json", trained),  # while it trains the tokenizer
+        ("3/shards/*/.shard_*.tmp", given),  # while it encodes, which need not wait half a minute for a tokenizer
+    ):
+        process = start(*long, tokenizer, f"run.dir={tmp_path}/{moment[0]}", new_session=True)
         while not list(tmp_path.glob(moment)):
             assert process.poll() is None, process.communicate()
             time.sleep(0.01)

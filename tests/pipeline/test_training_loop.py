@@ -2,8 +2,6 @@
 
 import gzip
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +11,7 @@ from pipeline.distributed import Process
 from pipeline.errors import ConfigError, StoppedEarly
 from pipeline.journal import without_volatile
 from pipeline.profiling import StepProfiler
-from tests.conftest import clean_environment, read_journal
+from tests.conftest import read_journal
 from tests.distributed.drill import zero
 
 SHORT = ("train.steps=6", "train.checkpoint_every=3", "train.held_out_rows=0")
@@ -62,13 +60,7 @@ def pretrain(electra, shared_config):
     def run(name: str, *overrides: str, first: str = "", code: int = 0) -> str:
         arguments = [str(shared_config), *SHORT, f"run.name={name}"]
         electra("tokenize", *arguments)
-        program = f"{first}\nfrom pipeline.cli import main\nmain()"
-        done = subprocess.run(
-            [sys.executable, "-c", program, "pretrain", *arguments, *overrides],
-            env=clean_environment(RANK="0", WORLD_SIZE="1"), capture_output=True, text=True, timeout=120,
-        )  # fmt: skip
-        assert done.returncode == code, done.stderr
-        return done.stderr
+        return electra("pretrain", *arguments, *overrides, first=first, code=code, RANK="0", WORLD_SIZE="1").stderr
 
     return run
 

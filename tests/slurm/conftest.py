@@ -6,7 +6,6 @@ import json
 import os
 import random
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,7 +14,9 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))  # whatever import mode pytest runs in
-from slurm_cluster import Cluster, clean_environment, missing_programs
+from slurm_cluster import ONE_RANK, Cluster, missing_programs
+
+from tests.conftest import Electra
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CONFIG = "configs/large.yaml"
@@ -38,7 +39,7 @@ SHRINK = [
     "optimizer.warmup_steps=2",
     "launch.device=cpu",
     "launch.threads_per_process=1",
-    "tracking.uri=auto",
+    "tracking.uri=none",
 ]
 
 
@@ -83,6 +84,20 @@ def stub_checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def limited_job(cluster: Cluster, stub_checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> int:
+    """A job whose time limit is near from its start. Ask for it early: Slurm takes half a minute to notice."""
+    folder, flags = tmp_path_factory.mktemp("limited"), [*ONE_RANK, "--time=5"]  # the header: a signal 300 s before
+    return cluster.submit(stub_checkout / "slurm/pretrain_small.sh", "stub.hold=true", flags=flags, cwd=folder)
+
+
+@pytest.fixture(scope="session")
+def hanging_job(cluster: Cluster, stub_checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> int:
+    """A job of one minute that Slurm does not warn and that hears nothing. Ask for it a minute and a half before."""
+    folder, flags = tmp_path_factory.mktemp("hanging"), [*ONE_RANK, "--time=1", "--signal=B:URG@1"]
+    return cluster.submit(stub_checkout / "slurm/pretrain_small.sh", "stub.hang=true", flags=flags, cwd=folder)
+
+
+@pytest.fixture(scope="session")
 def real_checkout_with_space(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """This repository under a path with a space, without git: scripts copied, packages linked."""
     root = tmp_path_factory.mktemp("checkouts") / "a b"
@@ -97,7 +112,7 @@ def copy_scripts(root: Path) -> None:
 
 
 @pytest.fixture(scope="session")
-def tiny_project(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+def tiny_project(tmp_path_factory: pytest.TempPathFactory, electra: Electra) -> list[str]:
     """Tokenizes a tiny corpus with the large preset; the overrides for its run, "tiny", with a tiny model."""
     folder = tmp_path_factory.mktemp("tiny project")
     corpus = folder / "corpus.txt"
@@ -111,9 +126,7 @@ def tiny_project(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         "data.num_workers=1",
         *SHRINK,
     ]
-    command = [sys.executable, "-m", "pipeline", "tokenize", CONFIG, *overrides]
-    done = subprocess.run(command, cwd=REPOSITORY, env=clean_environment(), capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stdout + done.stderr
+    electra("tokenize", REPOSITORY / CONFIG, *overrides)
     return overrides
 
 
@@ -126,8 +139,8 @@ def run_folder(tiny_project: list[str]) -> Callable[[str], Path]:
 
 @pytest.fixture(scope="session")
 def evaluate_overrides() -> list[str]:
-    """The smallest evaluation: one task, one seed."""
-    return ["evaluate.seeds=1", 'evaluate.tasks=["authorship"]']
+    """The smallest evaluation: one task, one seed, one epoch."""
+    return ["evaluate.seeds=1", "evaluate.epochs=1", 'evaluate.tasks=["authorship"]']
 
 
 def make_documents(size_bytes: int, seed: int) -> list[str]:

@@ -93,12 +93,12 @@ def test_quick_part_names_the_odd_node(odd: str, check: str, words: str, cluster
 
 def test_quick_part_names_who_does_not_come(cluster: Cluster, tmp_path: Path):
     impatient = (
-        f"exec {sys.executable} -c 'from pipeline.meeting import Meeting; Meeting.__init__.__defaults__ = (10.0,); "
+        f"exec {sys.executable} -c 'from pipeline.meeting import Meeting; Meeting.__init__.__defaults__ = (3.0,); "
         'from pipeline import cli; cli.main()\' "$@"'
     )
     job = run_quick(cluster, tmp_path, odd="sleep 300", usual=impatient)
     assert job.state == "FAILED" and job.exit_code in (1, 143), job.log  # 143: srun ends the one that sleeps
-    assert re.search(r"1 of 2 processes have not come within 10 s: rank 1; no sign of n2;", job.log), job.log
+    assert re.search(r"1 of 2 processes have not come within 3 s: rank 1; no sign of n2;", job.log), job.log
     assert "Traceback" not in job.log and job.run_time_s <= 110
 
 

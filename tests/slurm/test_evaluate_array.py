@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from slurm_cluster import FINISHED, Cluster, clean_environment, wait_until
+from slurm_cluster import FINISHED, Cluster, wait_until
+
+from tests.conftest import Electra
 
 pytestmark = pytest.mark.slurm
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -31,18 +31,14 @@ def write_tasks(folder: Path) -> list[str]:
     return paths
 
 
-def electra(*arguments: str) -> None:
-    command = [sys.executable, "-m", "pipeline", *arguments]
-    done = subprocess.run(command, cwd=REPOSITORY, env=clean_environment(), capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr
-
-
-def test_two_nodes_share_a_matrix(cluster: Cluster, tiny_project: list[str], run_folder, tmp_path: Path):
+def test_two_nodes_share_a_matrix(
+    cluster: Cluster, electra: Electra, tiny_project: list[str], run_folder, tmp_path: Path
+):
     kept = [override for override in tiny_project if not override.startswith("run.name=")]
-    config = "configs/large.yaml"
+    config = str(REPOSITORY / "configs/large.yaml")
     electra("run", config, *kept, "run.name=to_score", "--until", "pretrain")
     exported = tmp_path / "exported"
-    electra("export", str(run_folder("to_score")), str(exported))
+    electra("export", run_folder("to_score"), exported)
     recipe = [
         f"evaluate.tasks={json.dumps(write_tasks(tmp_path))}", f"evaluate.seeds={SEEDS}", "evaluate.epochs=12",
         f"evaluate.checkpoint={exported}", "evaluate.max_length=32",

@@ -15,6 +15,7 @@ from tests.pages import copy_checkout, run_page, write_electra
 pytestmark = pytest.mark.slurm
 
 
+@pytest.mark.usefixtures("limited_job", "hanging_job")  # on the other cluster; test_job_scripts.py, the next, has them
 @pytest.mark.timeout(900)
 def test_a_newcomer_gets_from_a_checkout_to_compared_runs(cluster_without_gpus: Cluster, tmp_path: Path) -> None:
     cluster = cluster_without_gpus

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from slurm_cluster import ONE_RANK, TWO_NODES, Cluster, Job, wait_until
 
-pytestmark = pytest.mark.slurm
+pytestmark = [pytest.mark.slurm, pytest.mark.usefixtures("limited_job", "hanging_job")]  # from the first test on
 
 
 def submit_stub(cluster: Cluster, checkout: Path, cwd: Path, *overrides: str, flags=ONE_RANK, env=None) -> int:
@@ -25,23 +25,6 @@ def run_stub(cluster: Cluster, checkout: Path, cwd: Path, *overrides: str, flags
 def seen(folder: Path, process: str) -> dict:
     """What a process of the stub wrote down."""
     return json.loads((folder / f"{process}.json").read_text())
-
-
-@pytest.fixture(scope="module", autouse=True)
-def limited_job(cluster: Cluster, stub_checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> int:
-    """A job whose time limit is near from its start. It goes first: Slurm takes half a minute to notice."""
-    folder = tmp_path_factory.mktemp("limited")
-    flags = [*ONE_RANK, "--time=5"]  # the header asks for the signal 300 s before the end
-    return submit_stub(cluster, stub_checkout, folder, "stub.hold=true", flags=flags)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def hanging_job(cluster: Cluster, stub_checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> int:
-    """A job of one minute that Slurm does not warn and that hears nothing."""
-    folder = tmp_path_factory.mktemp("hanging")
-    return submit_stub(
-        cluster, stub_checkout, folder, "stub.hang=true", flags=[*ONE_RANK, "--time=1", "--signal=B:URG@1"]
-    )
 
 
 def test_two_ranks_get_their_surroundings(cluster: Cluster, stub_checkout: Path, tmp_path: Path):

@@ -15,11 +15,12 @@ import pytest
 from slurm_cluster import FINISHED, ONE_RANK, TWO_NODES, Cluster, Job, wait_until
 
 from pipeline.goodput import read_attempts, total_seconds
+from tests.conftest import Electra
 
 pytestmark = pytest.mark.slurm
 REPOSITORY = Path(__file__).resolve().parents[2]
 RunFolder = Callable[[str], Path]
-STEPS = 100  # long enough to be stopped in the middle
+STEPS = 40  # with what slows it down long enough to be stopped in the middle
 PRETRAIN = REPOSITORY / "slurm/pretrain_large.sh"
 
 
@@ -37,14 +38,14 @@ def replaced(overrides: list[str], *newer: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def long_run_arguments(tiny_project: list[str]) -> list[str]:
-    return replaced(tiny_project, f"train.steps={STEPS}", "train.checkpoint_every=1000")
+    return replaced(tiny_project, f"train.steps={STEPS}", "train.checkpoint_every=1000", "tracking.uri=auto")
 
 
 @pytest.fixture(scope="module")
 def long_run(cluster: Cluster, long_run_arguments: list[str], run_folder: RunFolder, tmp_path_factory) -> Job:
     """A run on two nodes that gets the time limit's signal in the middle and requeues itself to go on."""
     cwd = tmp_path_factory.mktemp("submit")
-    slowly = {"ELECTRA_FAULT": "slow@phase=data,seconds=0.1,attempt=1"}  # it does not end before it is told to stop
+    slowly = {"ELECTRA_FAULT": "slow@phase=data,seconds=0.3,attempt=1"}  # it does not end before it is told to stop
     job = cluster.submit(PRETRAIN, *long_run_arguments, flags=TWO_NODES, cwd=cwd, env=slowly)
     run = run_folder("tiny")
     wait_until(
@@ -85,13 +86,10 @@ def test_finished_run_is_up_to_date(cluster: Cluster, long_run: Job, long_run_ar
 
 
 def test_two_nodes_train_from_staged_copies_and_outlive_a_rank(
-    cluster: Cluster, tiny_project: list[str], run_folder, tmp_path: Path
+    cluster: Cluster, electra: Electra, tiny_project: list[str], run_folder, tmp_path: Path
 ):
     local, overrides = tmp_path / "local", replaced(tiny_project, "run.name=staged")
-    tokenize = cluster.run(
-        REPOSITORY / "slurm/tokenize.sh", "configs/large.yaml", *overrides, flags=ONE_RANK, cwd=tmp_path
-    )
-    assert tokenize.exit_code == 0, tokenize.log
+    electra("tokenize", REPOSITORY / "configs/large.yaml", *overrides)
     env = {"ELECTRA_STAGE_DIR": str(local), "ELECTRA_FAULT": "kill@step=5,rank=1,attempt=1", "ELECTRA_QUICK_CHECK": "1"}
     job = cluster.run(PRETRAIN, *overrides, flags=TWO_NODES, cwd=tmp_path, env=env)
     assert (job.state, job.exit_code) == ("COMPLETED", 0), job.log

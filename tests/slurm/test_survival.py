@@ -27,7 +27,8 @@ class Run:
     """A run of its own name, tokenized, to be pretrained on two nodes."""
 
     def __init__(self, name: str, project: list[str], folder: Path):
-        newer = [f"run.name={name}", f"train.steps={STEPS}", "train.checkpoint_every=10", "train.held_out_rows=16"]
+        newer = [f"run.name={name}", f"train.steps={STEPS}", "train.checkpoint_every=10", "train.held_out_rows=16",
+                 "tracking.uri=auto"]  # fmt: skip
         self.arguments = list({part.partition("=")[0]: part for part in [*project, *newer]}.values())
         self.folder = folder
         command = [sys.executable, "-m", "pipeline", "tokenize", "configs/large.yaml", *self.arguments]

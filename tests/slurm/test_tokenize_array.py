@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from slurm_cluster import FINISHED, Cluster, clean_environment, wait_until
+from slurm_cluster import FINISHED, Cluster, wait_until
+
+from tests.conftest import Electra
 
 pytestmark = pytest.mark.slurm
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -20,14 +20,12 @@ def files_of(run_dir: Path) -> dict[str, bytes]:
 
 
 def test_an_array_of_two_nodes_writes_what_one_process_writes(
-    cluster: Cluster, tiny_project: list[str], tmp_path: Path
+    cluster: Cluster, electra: Electra, tiny_project: list[str], tmp_path: Path
 ):
     kept = [o for o in tiny_project if not o.startswith(("run.dir=", "run.name=", "data.num_workers="))]
     common = [*kept, "run.name=array", "data.task_bytes=8192"]
-    alone = ["tokenize", "configs/large.yaml", *common, f"run.dir={tmp_path / 'alone'}", "data.num_workers=1"]
-    command = [sys.executable, "-m", "pipeline", *alone]
-    done = subprocess.run(command, cwd=REPOSITORY, env=clean_environment(), capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    alone = [f"run.dir={tmp_path / 'alone'}", "data.num_workers=1"]
+    electra("tokenize", REPOSITORY / "configs/large.yaml", *common, *alone)
     job = cluster.submit(
         REPOSITORY / "slurm/tokenize.sh", "configs/large.yaml", *common, f"run.dir={tmp_path / 'array'}",
         flags=["--array=0-1", "--exclusive", "--cpus-per-task=2"], cwd=tmp_path,
