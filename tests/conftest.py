@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.forking import ForkedProgram
+from tests.forking import Forked, ForkedProgram
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined, whichever test imports it first
@@ -113,18 +113,25 @@ _READ_WHEN_USED = ("ELECTRA_", "RANK", "WORLD_SIZE", "MLFLOW_TRACKING_TOKEN", "H
 
 
 @pytest.fixture(scope="session")
-def electra(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Electra]:
+def forked_program() -> Iterator[ForkedProgram]:
+    program = ForkedProgram()
+    yield program
+    program.close()
+
+
+@pytest.fixture(scope="session")
+def electra(forked_program: ForkedProgram, tmp_path_factory: pytest.TempPathFactory) -> Electra:
     """Runs the real command line; ``code`` is the exit code that is expected.
 
     It is a fork of a process that has imported everything, and executes the lines ``first`` before it begins; with
     variables given that an import may read, it is a start anew.
     """
-    forked, outputs = ForkedProgram(), tmp_path_factory.mktemp("said")
+    outputs = tmp_path_factory.mktemp("said")
 
     def run(*arguments: object, code: int = 0, first: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
         given, own = command(*arguments), clean_environment(**environment)
         if all(name.startswith(_READ_WHEN_USED) for name in environment):
-            said = forked.run(given[3:], own, outputs / uuid.uuid4().hex, _LIMIT_S, first)
+            said = forked_program.run(given[3:], own, outputs / uuid.uuid4().hex, _LIMIT_S, first)
             done = subprocess.CompletedProcess(given, *said)
         else:
             assert not first
@@ -134,8 +141,19 @@ def electra(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Electra]:
             assert "Traceback" not in done.stderr, done.stderr
         return done
 
-    yield run
-    forked.close()
+    return run
+
+
+@pytest.fixture(scope="session")
+def start_electra(forked_program: ForkedProgram, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Forked]:
+    """Starts it beside the test, always as a fork, in a session of its own."""
+    outputs = tmp_path_factory.mktemp("said")
+
+    def start(*arguments: object, **environment: str) -> Forked:
+        given, own = command(*arguments)[3:], clean_environment(**environment)
+        return forked_program.start(given, own, outputs / uuid.uuid4().hex)
+
+    return start
 
 
 def free_port() -> int:

@@ -23,6 +23,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 IMPORTED = (
     "pipeline.cli", "pipeline.pretrain", "pipeline.evaluate", "pipeline.tokenize", "pipeline.tracking",
@@ -63,29 +64,63 @@ class ForkedProgram:
         Returns:
             Its exit code as subprocess says it, what it wrote to stdout, and to stderr.
         """
-        folder.mkdir(parents=True)
-        out, err = folder / "out", folder / "err"
-        job = {
-            "arguments": arguments, "environment": environment, "cwd": os.getcwd(), "out": str(out), "err": str(err),
-            "timeout_s": timeout_s, "first": first,
-        }  # fmt: skip
-        process = self._started(environment)
-        assert process.stdin and process.stdout
-        process.stdin.write(json.dumps(job) + "\n")
-        process.stdin.flush()
-        return json.loads(process.stdout.readline()), out.read_text(), err.read_text()
+        code = self._begin(arguments, environment, folder, timeout_s, first)
+        return code, (folder / "out").read_text(), (folder / "err").read_text()
 
-    def _started(self, environment: dict[str, str]) -> "subprocess.Popen[str]":
+    def start(self, arguments: list[str], environment: dict[str, str], folder: Path) -> "Forked":
+        """One that goes on beside the test, in a session of its own; arguments as of ``run``."""
+        return Forked(self._begin(arguments, environment, folder, None, ""), folder, self._ask)
+
+    def _begin(
+        self, arguments: list[str], environment: dict[str, str], folder: Path, timeout_s: float | None, first: str
+    ) -> Any:
+        folder.mkdir(parents=True)
         if self._process is None:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "tests.forking"], env=environment, text=True,
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             )  # fmt: skip
-        return self._process
+        return self._ask({
+            "arguments": arguments, "environment": environment, "cwd": os.getcwd(), "out": str(folder / "out"),
+            "err": str(folder / "err"), "timeout_s": timeout_s, "first": first,
+        })  # fmt: skip
+
+    def _ask(self, question: dict[str, Any]) -> Any:
+        assert self._process and self._process.stdin and self._process.stdout
+        self._process.stdin.write(json.dumps(question) + "\n")
+        self._process.stdin.flush()
+        return json.loads(self._process.stdout.readline())
 
     def close(self) -> None:
         if self._process is not None:
             self._process.communicate()
+
+
+class Forked:
+    """A start that goes on beside the test.
+
+    Attributes:
+        pid: Its process, which leads a session.
+        folder: Where ``out`` and ``err`` hold what it has said so far.
+    """
+
+    def __init__(self, pid: int, folder: Path, ask: Callable[[dict[str, Any]], Any]) -> None:
+        self.pid, self.folder = pid, folder
+        self._ask, self._code = ask, None
+
+    def poll(self) -> int | None:
+        """Its exit code, None while it runs."""
+        if self._code is None:
+            self._code = self._ask({"pid": self.pid})
+        return self._code
+
+    def wait(self, timeout_s: float = 600) -> int:
+        """Waits for its end; returns the exit code."""
+        deadline = time.monotonic() + timeout_s
+        while (code := self.poll()) is None:
+            assert time.monotonic() < deadline, (self.folder / "err").read_text()
+            time.sleep(_POLL_S)
+        return code
 
 
 def _serve() -> None:
@@ -93,12 +128,19 @@ def _serve() -> None:
     os.dup2(2, 1)  # what libraries print is no answer
     import_all()
     for line in sys.stdin:
-        job = json.loads(line)
-        pid = os.fork()
-        if pid == 0:
-            _become(job)
-            os._exit(run_program(job["arguments"], job["environment"], job["first"]))
-        print(_wait(pid, job["timeout_s"]), file=answers, flush=True)
+        print(json.dumps(_answer(json.loads(line))), file=answers, flush=True)
+
+
+def _answer(question: dict[str, Any]) -> int | None:
+    """The exit code of a process; of a new one when it has ended, or its id where nobody waits for that."""
+    if "pid" in question:
+        ended = os.waitpid(question["pid"], os.WNOHANG)
+        return os.waitstatus_to_exitcode(ended[1]) if ended[0] else None
+    pid = os.fork()
+    if pid == 0:
+        _become(question)
+        os._exit(run_program(question["arguments"], question["environment"], question["first"]))
+    return pid if question["timeout_s"] is None else _wait(pid, question["timeout_s"])
 
 
 def _wait(pid: int, timeout_s: float) -> int:
@@ -118,6 +160,9 @@ def _become(job: dict) -> None:
         opened = os.open(path, flags)
         os.dup2(opened, stream)
         os.close(opened)
+    if job["timeout_s"] is None:
+        os.setsid()
+        _close_all_but(())  # the pipe for answers, which would not end while it runs
     os.chdir(job["cwd"])
     sys.modules["pipeline.launch"].subprocess = SimpleNamespace(Popen=ForkedRank)  # pyright: ignore
 

@@ -4,13 +4,14 @@ import json
 import os
 import random
 import signal
-import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import Electra, clean_environment, command
+from tests.conftest import Electra
+from tests.forking import Forked
 
 TASKS, SEEDS = ("first_word", "paired", "tags"), 3
 
@@ -56,14 +57,14 @@ def done(run: Path) -> dict[Path, int]:
 
 
 def test_a_matrix_that_is_killed_twice_does_every_unit_once(
-    matrix: list[str], electra: Electra, tmp_path: Path
+    matrix: list[str], electra: Electra, start_electra: Callable[..., Forked], tmp_path: Path
 ) -> None:
     electra("evaluate", *matrix, "run.name=unbroken")
-    run, killed = tmp_path / "out/runs/killed", command("evaluate", *matrix, "run.name=killed", "launch.processes=2")
+    run, killed = tmp_path / "out/runs/killed", ("evaluate", *matrix, "run.name=killed", "launch.processes=2")
     finished: dict[Path, int] = {}
     draw = random.Random(5)
     for number in sorted(draw.sample(range(1, 5), 2)):
-        process = subprocess.Popen(killed, env=clean_environment(), start_new_session=True, stderr=subprocess.DEVNULL)
+        process = start_electra(*killed)
         while len(done(run)) < number:
             assert process.poll() is None, "it ended before it was killed"
             time.sleep(draw.uniform(0, 0.05))
@@ -72,7 +73,7 @@ def test_a_matrix_that_is_killed_twice_does_every_unit_once(
         assert number <= len(done(run)) < len(TASKS) * SEEDS
         assert finished.items() <= done(run).items()
         finished = done(run)
-    electra(*killed[3:])
+    electra(*killed)
     assert finished.items() <= done(run).items()
     assert len(done(run)) == len(TASKS) * SEEDS
     log = (run / "evaluate/log.txt").read_text()

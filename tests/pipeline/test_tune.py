@@ -1,7 +1,6 @@
 """`electra tune` as a user runs it, and what becomes of a candidate that does not fit."""
 
 import json
-import subprocess
 import weakref
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from pipeline.errors import ConfigError
 from pipeline.keys import science_of
 from pipeline.measured import read_measurements
 from pipeline.tune import Race
-from tests.conftest import Electra, clean_environment, command, free_port
+from tests.conftest import Electra, free_port
 
 SIZES = (1, 2, 4, 8)
 
@@ -55,22 +54,18 @@ def test_the_last_line_is_what_to_paste_and_the_estimate_reads_the_rest(config_p
     assert json.loads(given.stdout)["estimate"] == shown
 
 
-def test_two_processes_measure_at_once_and_what_lies_between_them(shared_config, electra: Electra):
+def test_two_processes_measure_at_once_and_what_lies_between_them(shared_config, electra: Electra, start_electra):
     name, run_dir = "run.name=tuned", shared_config.parent / "out"
     electra("tokenize", shared_config, name)
     rendezvous = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
     rendezvous["MASTER_PORT"] = str(free_port())
-    ranks = [
-        subprocess.Popen(
-            command("tune", shared_config, name, "--seconds", 2), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            text=True, env=clean_environment(RANK=str(rank), LOCAL_RANK=str(rank), **rendezvous),
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    said = [rank.communicate(timeout=200) for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], said
-    assert said[0][0].strip().splitlines()[-1].startswith("train.micro_batch_size=")
-    assert "train.micro_batch_size" not in said[1][0]
+    tune = ("tune", shared_config, name, "--seconds", 2)
+    ranks = [start_electra(*tune, RANK=rank, LOCAL_RANK=rank, **rendezvous) for rank in "01"]
+    codes = [rank.wait(200) for rank in ranks]
+    assert codes == [0, 0], [(rank.folder / "err").read_text() for rank in ranks]
+    said = [(rank.folder / "out").read_text() for rank in ranks]
+    assert said[0].strip().splitlines()[-1].startswith("train.micro_batch_size=")
+    assert "train.micro_batch_size" not in said[1]
     (found,) = read_measurements(measured_file(run_dir))
     assert found.link
     assert (found.link.processes, found.link.processes_per_machine, found.processes_beside) == (2, 2, 2)

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from pipeline.distributed import RENDEZVOUS
 from pipeline.errors import ConfigError
 from pipeline.launch import Children
 from tests.conftest import Electra, clean_environment, command, free_port, read_journal
+from tests.forking import Forked
 
 VARIANTS = """
 variants:
@@ -183,19 +185,17 @@ def test_commands_do_every_variant_and_a_rerun_does_what_is_left(comparison: Pat
     assert electra("run", comparison).stderr.count("pretrain: up to date, at step") == 3
 
 
-def test_ranks_started_by_others_do_the_variants_in_turn(comparison: Path, electra: Electra) -> None:
+def test_ranks_started_by_others_do_the_variants_in_turn(
+    comparison: Path, electra: Electra, start_electra: Callable[..., Forked]
+) -> None:
     """As under srun: the processes exist already, and each variant needs fresh ones."""
     comparison.write_text("\n".join(line for line in comparison.read_text().splitlines() if "  wide:" not in line))
     electra("tokenize", comparison)
     arguments = ["pretrain", comparison, "train.micro_batch_size=2"]
-    environment = clean_environment(
-        WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()), OMP_NUM_THREADS="1"
-    )
-    ranks = [
-        subprocess.Popen(command(*arguments), env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
-        for rank in range(2)
-    ]
-    assert [rank.wait(timeout=600) for rank in ranks] == [0, 0]
+    rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    sizes = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    ranks = [start_electra(*arguments, **rendezvous, **sizes, RANK=rank, LOCAL_RANK=rank) for rank in "01"]
+    assert [rank.wait() for rank in ranks] == [0, 0]
     for name, steps in (("plain", 4), ("mlm", 6)):
         assert len(read_journal(comparison.parent / "out", f"tiny-{name}")) == steps
 
