@@ -71,11 +71,9 @@ def served(
     server.start()
     try:
         uri = server.uri
-        tracking = [f"tracking.uri={uri}", f"tracking.experiment={EXPERIMENT}"]
-        for name, keys in (("seen_base", ()), ("seen_wide", DIFFERING)):
-            run = (shared_config, f"run.name={name}", "train.steps=12", *keys)
-            electra("run", *run)
-            electra("sync", *run, *tracking)  # all stages at once, where each would start a process that ships
+        tracking = [f"tracking.uri={uri}", f"tracking.experiment={EXPERIMENT}", "train.steps=12"]
+        electra("run", shared_config, "run.name=seen_base", *tracking)
+        electra("run", shared_config, "run.name=seen_wide", *tracking, *DIFFERING)
         client = MlflowClient(uri)
         experiment = client.get_experiment_by_name(EXPERIMENT)
         assert experiment
