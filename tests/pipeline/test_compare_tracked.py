@@ -19,6 +19,7 @@ from pipeline.evaluation.scores import summarize
 from pipeline.spikes import SkippedRows, add_skip
 from pipeline.stages import StageRecord, write_record
 from pipeline.tracking_mirror import Mirror
+from pipeline.tracking_store import create_sqlite
 from tests.conftest import TINY, free_port
 
 DIGESTS = {"a": "0" * 64, "b": "0" * 64}
@@ -80,10 +81,24 @@ def _own_environment() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def shipped(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, Any], dict[str, str]]:
+def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """MLflow's file with nothing in it, to be copied: to make one takes seconds."""
+    path = tmp_path_factory.mktemp("database") / "mlflow.db"
+    create_sqlite(path)
+    return path
+
+
+@pytest.fixture
+def own_uri(database: Path, tmp_path: Path) -> str:
+    """Of a test's own copy."""
+    return f"sqlite:///{shutil.copy(database, tmp_path)}"
+
+
+@pytest.fixture(scope="module")
+def shipped(database: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, Any], dict[str, str]]:
     """MLflow's URI; what the folders, which are gone, compared to; ids of the pipeline runs."""
     root = tmp_path_factory.mktemp("compared")
-    config_path, uri = root / "tiny.yaml", f"sqlite:///{root}/mlflow.db"
+    config_path, uri = root / "tiny.yaml", f"sqlite:///{shutil.copy(database, root)}"
     config_path.write_text(TINY.format(run_dir=root / "out", corpus=root / "text.txt"), encoding="utf-8")
     folders = [
         write_stages(config_path, "a"),
@@ -135,8 +150,8 @@ def test_a_sqlite_file_may_be_given_from_the_current_folder(
     assert runs[1].results
 
 
-def test_a_run_given_by_folder_and_from_mlflow_is_one(config_path: Path, tmp_path: Path) -> None:
-    uri, folder = f"sqlite:///{tmp_path}/mlflow.db", write_stages(config_path, "a")
+def test_a_run_given_by_folder_and_from_mlflow_is_one(config_path: Path, own_uri: str, tmp_path: Path) -> None:
+    uri, folder = own_uri, write_stages(config_path, "a")
     Mirror(folder, uri, "compared").mirror(owner_alive=False)
     for wanted in (["a", str(folder)], [str(folder), "a"]):
         with pytest.raises(ConfigError, match="named twice") as raised:
@@ -162,18 +177,15 @@ def test_wrong_names_are_one_message(shipped: tuple[str, dict[str, Any], dict[st
     assert "secret" not in str(raised.value)
 
 
-def test_scores_on_other_data_are_not_tested(
-    config_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_scores_on_other_data_are_not_tested(config_path: Path, own_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(DIGESTS, "b", "1" * 64)
-    uri = f"sqlite:///{tmp_path}/mlflow.db"
     for name in ("a", "b"):
-        Mirror(write_stages(config_path, name), uri, "compared").mirror(owner_alive=False)
-    assert numbers_of(["a", "b"], uri)["scores"][0]["tests"][0]["reason"] == "another task file or other data"
+        Mirror(write_stages(config_path, name), own_uri, "compared").mirror(owner_alive=False)
+    assert numbers_of(["a", "b"], own_uri)["scores"][0]["tests"][0]["reason"] == "another task file or other data"
 
 
-def test_lines_that_a_loss_spike_had_made_again_are_shipped_once_more(config_path: Path, tmp_path: Path) -> None:
-    uri, folders = f"sqlite:///{tmp_path}/mlflow.db", [write_stages(config_path, name) for name in ("a", "b")]
+def test_lines_that_a_loss_spike_had_made_again_are_shipped_once_more(config_path: Path, own_uri: str) -> None:
+    uri, folders = own_uri, [write_stages(config_path, name) for name in ("a", "b")]
     journal = folders[0] / "pretrain/journal.jsonl"
 
     def ship(folder: Path) -> int:

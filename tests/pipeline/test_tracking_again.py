@@ -3,7 +3,6 @@
 import json
 import shutil
 import sqlite3
-import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -22,7 +21,7 @@ from pipeline.stages import STAGES, StageRecord, read_record, run_identity, star
 from pipeline.tracking import sqlite_uri
 from pipeline.tracking_mirror import Mirror
 from pipeline.tracking_store import Store
-from tests.conftest import clean_environment, command
+from tests.forking import Forked
 
 TOKENS_PER_STEP = 8 * 32
 NAME = "killed"
@@ -37,7 +36,7 @@ def run_id(config: Path, stage: str) -> str:
     return json.loads((config.parent / "out/runs" / NAME / "mlflow.json").read_text())["runs"][stage]
 
 
-def wait_until(condition: Callable[[], bool], command_line: subprocess.Popen) -> None:
+def wait_until(condition: Callable[[], bool], command_line: Forked) -> None:
     deadline = time.monotonic() + 150
     while not condition():
         assert time.monotonic() < deadline
@@ -46,7 +45,7 @@ def wait_until(condition: Callable[[], bool], command_line: subprocess.Popen) ->
 
 
 @pytest.fixture(scope="module")
-def statuses(shared_config: Path) -> dict[str, list[str]]:
+def statuses(shared_config: Path, start_electra: Callable[..., Forked]) -> dict[str, list[str]]:
     """What MLflow said of a run that hangs twice, is killed both times with kill -9, and then ends well, by stage."""
     said: dict[str, list[str]] = {"pipeline": [], "pretrain": []}
     noted = shared_config.parent / "out/runs" / NAME / "mlflow.json"
@@ -62,18 +61,18 @@ def statuses(shared_config: Path) -> dict[str, list[str]]:
         tokens = runs["pretrain"].data.metrics.get("progress/tokens")
         return {run.info.status for run in runs.values()} == {status} and tokens == step * TOKENS_PER_STEP
 
-    environment = clean_environment(
-        ELECTRA_FAULT="hang@step=7,attempt=1; hang@step=11,attempt=2", MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL="1"
-    )
+    environment = {
+        "ELECTRA_FAULT": "hang@step=7,attempt=1; hang@step=11,attempt=2",
+        "MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL": "1",
+    }
     overrides = [f"run.name={NAME}", "tracking.uri=auto", "train.steps=14", "train.checkpoint_every=4"]
     for step, changed in ((6, []), (10, []), (14, ["train.micro_batch_size=4"])):  # another rounding at last
-        arguments = command("run", shared_config, *overrides, *changed)
-        with subprocess.Popen(arguments, env=environment, stderr=subprocess.DEVNULL) as running:
-            try:
-                wait_until(partial(reached, "RUNNING" if step < 14 else "FINISHED", step), running)
-                assert step < 14 or running.wait(150) == 0
-            finally:
-                running.kill()
+        running = start_electra("run", shared_config, *overrides, *changed, **environment)
+        try:
+            wait_until(partial(reached, "RUNNING" if step < 14 else "FINISHED", step), running)
+            assert step < 14 or running.wait(150) == 0
+        finally:
+            running.kill()
         if step < 14:
             wait_until(partial(reached, "KILLED", step), running)
     return said
