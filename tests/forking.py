@@ -106,7 +106,8 @@ class Forked:
 
     def __init__(self, pid: int, folder: Path, ask: Callable[[dict[str, Any]], Any]) -> None:
         self.pid, self.folder = pid, folder
-        self._ask, self._code = ask, None
+        self._ask = ask
+        self._code: int | None = None
 
     def poll(self) -> int | None:
         """Its exit code, None while it runs."""
