@@ -18,6 +18,7 @@ from tests.forking import ForkedProgram
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined, whichever test imports it first
+torch.set_num_threads(1)  # the workers share the cores: of several threads each spins while it waits for the others
 
 _LIMIT_S = 300.0
 
