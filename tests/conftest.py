@@ -31,6 +31,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         of_slurm = item.get_closest_marker("slurm") is not None
         item.add_marker(pytest.mark.xdist_group("slurm" if of_slurm else item.path.stem))
 
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 TINY = """
@@ -95,8 +96,9 @@ def shared_config(tmp_path_factory: pytest.TempPathFactory, corpus_path: Path) -
     return path
 
 
-def command(*arguments: object) -> list[str]:
-    return [sys.executable, "-m", "pipeline", *map(str, arguments)]
+def command(*arguments: object, forks: bool = False) -> list[str]:
+    """The command line; with ``forks`` it imports everything first, and forks its ranks."""
+    return [sys.executable, "-m", "tests.forking" if forks else "pipeline", *map(str, arguments)]
 
 
 def clean_environment(**more: str) -> dict[str, str]:
@@ -114,12 +116,13 @@ def electra(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Electra]:
     """Runs the real command line; ``code`` is the exit code that is expected.
 
     It is a fork of a process that has imported everything; with variables given, which an import may read, it is a
-    start anew.
+    start anew. ``fault`` is the value of ELECTRA_FAULT, which no import reads.
     """
     forked, outputs = ForkedProgram(), tmp_path_factory.mktemp("said")
 
-    def run(*arguments: object, code: int = 0, **environment: str) -> subprocess.CompletedProcess[str]:
-        given, own = command(*arguments), clean_environment(**environment)
+    def run(*arguments: object, code: int = 0, fault: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
+        given = command(*arguments)
+        own = clean_environment(**environment, **({"ELECTRA_FAULT": fault} if fault else {}))
         if environment:
             done = subprocess.run(given, env=own, capture_output=True, text=True, timeout=_LIMIT_S)
         else:
