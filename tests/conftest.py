@@ -116,14 +116,13 @@ def electra(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Electra]:
     """Runs the real command line; ``code`` is the exit code that is expected.
 
     It is a fork of a process that has imported everything; with variables given, which an import may read, it is a
-    start anew. ``fault`` is the value of ELECTRA_FAULT, which no import reads.
+    start anew.
     """
     forked, outputs = ForkedProgram(), tmp_path_factory.mktemp("said")
 
-    def run(*arguments: object, code: int = 0, fault: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
-        given = command(*arguments)
-        own = clean_environment(**environment, **({"ELECTRA_FAULT": fault} if fault else {}))
-        if environment:
+    def run(*arguments: object, code: int = 0, **environment: str) -> subprocess.CompletedProcess[str]:
+        given, own = command(*arguments), clean_environment(**environment)
+        if environment.keys() - {"ELECTRA_FAULT"}:  # which no import reads
             done = subprocess.run(given, env=own, capture_output=True, text=True, timeout=_LIMIT_S)
         else:
             said = forked.run(given[3:], own, outputs / uuid.uuid4().hex, _LIMIT_S)

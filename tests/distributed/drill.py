@@ -161,7 +161,7 @@ def run(drill: Drill, code: int = 0, timeout_s: float = 400) -> Drill:
 
 def run_forked(electra: Electra, drill: Drill, code: int = 0) -> Drill:
     """The same in a fork of what has imported everything: for runs whose processes nobody looks for from outside."""
-    done = electra(*drill.arguments, code=code, fault=drill.fault)
+    done = electra(*drill.arguments, code=code, ELECTRA_FAULT=drill.fault)
     drill.log.write_text(done.stdout + done.stderr, encoding="utf-8")
     assert "Traceback" not in drill.said, drill.said[-3000:]
     return drill
