@@ -18,6 +18,7 @@ from tests.forking import Forked, ForkedProgram
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined, whichever test imports it first
+torch.set_num_threads(1)  # the workers share the cores: of several threads each spins while it waits for the others
 
 _LIMIT_S = 300.0
 
@@ -95,8 +96,9 @@ def shared_config(tmp_path_factory: pytest.TempPathFactory, corpus_path: Path) -
     return path
 
 
-def command(*arguments: object) -> list[str]:
-    return [sys.executable, "-m", "pipeline", *map(str, arguments)]
+def command(*arguments: object, forks: bool = False) -> list[str]:
+    """The command line; with ``forks`` it imports everything first, and forks its ranks."""
+    return [sys.executable, "-m", "tests.forking" if forks else "pipeline", *map(str, arguments)]
 
 
 def clean_environment(**more: str) -> dict[str, str]:

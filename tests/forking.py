@@ -1,6 +1,7 @@
 """The program, forked from a process that has imported all it imports: a start takes tenths of a second, not six.
 
-    python -m tests.forking       starts as lines of JSON on stdin, their exit codes on stdout
+    python -m tests.forking               starts as lines of JSON on stdin, their exit codes on stdout
+    python -m tests.forking ARGUMENTS     the program itself; only its ranks are forked, from this very process
 
 From the fork on it is the program as always, with its own process, environment and files; the processes that it starts
 for its ranks are forked as well. What depends on the imports themselves (a backend chosen by the environment, say) is
@@ -171,6 +172,11 @@ def _become(job: dict) -> None:
         os.setsid()
         _close_all_but(())  # the pipe for answers, which would not end while it runs
     os.chdir(job["cwd"])
+    _fork_ranks()
+
+
+def _fork_ranks() -> None:
+    """From here on the program in this process forks its ranks instead of starting them."""
     sys.modules["pipeline.launch"].subprocess = SimpleNamespace(Popen=ForkedRank)  # pyright: ignore
 
 
@@ -186,6 +192,8 @@ class ForkedRank:
         self.pid = os.fork()
         if self.pid == 0:
             preexec_fn()
+            # From outside, its environment in /proc is that of the process that it was forked from.
+            Path("/proc/self/comm").write_text(f"rank {env.get('RANK', '')}")
             _close_all_but(pass_fds)
             os._exit(run_program(command[3:], env))
 
@@ -237,4 +245,8 @@ def run_program(arguments: list[str], environment: dict[str, str], first: str = 
 
 
 if __name__ == "__main__":
+    if sys.argv[1:]:
+        import_all()
+        _fork_ranks()
+        os._exit(run_program(sys.argv[1:], dict(os.environ)))
     _serve()

@@ -23,7 +23,7 @@ def run(context: Context) -> None:
     results["clock"] = timer.clock
     results["square_product"] = square_product(timer, context.is_tiny)
     results["copy"] = device_copy(timer, context.is_tiny)
-    rows = 128 if context.is_tiny else MODEL_ROWS
+    rows = 16 if context.is_tiny else MODEL_ROWS
     best = results["square_product"]["tflop_per_s"]
     results["model_products"] = []
     for k, n in MODEL_PRODUCTS_KN:

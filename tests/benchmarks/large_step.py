@@ -183,11 +183,12 @@ def _measure_size(context: Context, timer: Timer, config: Config, models: list[M
                 record["not_measured"][name] = reason
             else:
                 contenders[name] = contender
+    rounds, calls = (1, 1) if context.is_tiny else (3, 2)
     seconds = interleave(
         timer,
         {name: lambda c=contender: c.step(c.chunks) for name, contender in contenders.items()},
-        rounds=3,
-        calls=2,
+        rounds,
+        calls,
         before=torch.cuda.empty_cache if context.is_cuda else None,
     )
     ceiling = context.results["ceiling"]["tflop_per_s"]

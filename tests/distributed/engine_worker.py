@@ -1,13 +1,17 @@
-"""One process of a few short trainings on the program's engine; rank 0 writes what happened as JSON.
+"""A few short trainings on the program's engine by one process and by several; rank 0 writes what happened as JSON.
 
-    RANK=0 WORLD_SIZE=2 MASTER_ADDR=localhost MASTER_PORT=… python -m tests.distributed.engine_worker OUT CASES
+    python -m tests.distributed.engine_worker FOLDER WORLDS      WORLDS: JSON, cases by number of processes
+
+Ranks are forked from a process that has imported everything; a world of N of them writes FOLDER/N.json.
 
 The model is a stand-in with the names of the real one and the same way of freezing: a network that is not
 trained gets gradients of 0. Its tensors are of odd sizes, so that flat partitions cut and pad them.
 """
 
 import json
+import os
 import sys
+import traceback
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +28,8 @@ from pipeline.config import Config
 from pipeline.distributed import discover_process, exit_process, init_process_group
 from pipeline.engine import Engine, StepResult
 from pipeline.plan import make_plan
-from tests.conftest import REPOSITORY
+from tests.conftest import REPOSITORY, free_port
+from tests.forking import import_all
 
 ROWS, WIDTH, IDS = 5, 7, 11
 MICRO_BATCHES = 2  # of a step, whatever the number of processes
@@ -189,7 +194,8 @@ def target(name: str) -> str:
     return name.replace("generator_embeddings", "embeddings").replace("generator", "discriminator")
 
 
-def main(out: Path, cases: dict[str, dict[str, Any]]) -> None:
+def be_rank(out: Path, cases: dict[str, dict[str, Any]]) -> None:
+    """One process, as its environment says."""
     process = discover_process()
     assert process
     torch.set_num_threads(1)
@@ -209,5 +215,30 @@ def main(out: Path, cases: dict[str, dict[str, Any]]) -> None:
     exit_process(0)
 
 
+def fork_rank(rank: int, size: int, port: int, out: Path, cases: dict[str, dict[str, Any]]) -> int:
+    """Starts one process of a world; returns its id."""
+    pid = os.fork()
+    if pid == 0:
+        os.environ.update(
+            RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
+        )  # fmt: skip
+        try:
+            be_rank(out, cases)
+        except BaseException:
+            traceback.print_exc()
+        os._exit(1)  # it has not come to its own end
+    return pid
+
+
+def main(folder: Path, worlds: dict[str, dict[str, dict[str, Any]]]) -> int:
+    """All worlds at once; returns how many processes failed."""
+    import_all()
+    ranks = []
+    for size, cases in worlds.items():
+        port = free_port()
+        ranks += [fork_rank(rank, int(size), port, folder / f"{size}.json", cases) for rank in range(int(size))]
+    return sum(os.waitpid(rank, 0)[1] != 0 for rank in ranks)
+
+
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), json.loads(sys.argv[2]))
+    sys.exit(main(Path(sys.argv[1]), json.loads(sys.argv[2])))

@@ -2,7 +2,8 @@
 
     python -m tests.distributed.forked_ranks       jobs as lines of JSON on stdin, their exit codes on stdout
 
-A job may name a step after which rank 0 is told to stop, as Slurm would, and a file for what each step reads.
+A job may name a step after which rank 0 is told to stop, as Slurm would, a file for what each step reads, and lines of
+Python that each rank executes before the program.
 """
 
 import hashlib
@@ -37,6 +38,7 @@ class Job:
         batches: Takes a line for each micro-batch: step, number, digest of all it holds; None: nothing.
         stop_after: Step after which rank 0 gets SIGUSR2; None: it runs to its end.
         environment: Variables on top.
+        first: What each rank executes before the program.
     """
 
     arguments: list[str]
@@ -45,6 +47,7 @@ class Job:
     batches: str | None = None
     stop_after: int | None = None
     environment: dict[str, str] = field(default_factory=dict)
+    first: str = ""
 
 
 class ForkedRanks:
@@ -107,6 +110,7 @@ def _be_rank(job: Job, rank: int, listener: socket.socket) -> int:
         _stop_after(job.stop_after)
     if job.batches is not None:
         _record_batches(job.batches)
+    exec(job.first, {})
     return run_program(job.arguments, dict(os.environ))
 
 

@@ -1,13 +1,16 @@
 """LAMB against a plain one, and the engine under every ZeRO stage on one process and on two.
 
 Stages cut parameters differently, so LAMB's norms, the norms that are logged, freezing and copies of weights
-are held against one another across them. ``engine_worker`` is one process of it.
+are held against one another across them. ``engine_worker`` is its processes.
 """
 
 import json
 import math
+import os
+import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,7 @@ import pytest
 import torch
 
 from pipeline.lamb import ElectraLamb, Segment
-from tests.conftest import REPOSITORY, clean_environment, free_port
+from tests.conftest import REPOSITORY, clean_environment
 from tests.distributed.engine_worker import target
 
 pytestmark = pytest.mark.distributed
@@ -54,38 +57,34 @@ def cases(world_size: int, folder: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
-def run(world_size: int, folder: Path) -> dict[str, Any]:
-    out, port = folder / "found.json", str(free_port())
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.distributed.engine_worker", str(out), json.dumps(cases(world_size, folder))],
-            env=clean_environment(
-                RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=port,
-                OMP_NUM_THREADS="1",
-            ),
-            cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )
-        for rank in range(world_size)
-    ]  # fmt: skip
+@pytest.fixture(scope="module")
+def worlds(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Any]]:
+    """What happened to each case, by number of processes."""
+    folder = tmp_path_factory.mktemp("worlds")
+    asked = {size: cases(size, folder) for size in (1, 2)}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.distributed.engine_worker", str(folder), json.dumps(asked)],
+        env=clean_environment(OMP_NUM_THREADS="1"), cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        text=True, start_new_session=True,
+    )  # fmt: skip
     try:
-        outputs = [process.communicate(timeout=300)[0] for process in processes]
+        said = process.communicate(timeout=400)[0]
     finally:
-        for process in processes:
-            if process.poll() is None:
-                process.kill()
-                process.wait()
-    assert [process.returncode for process in processes] == [0] * world_size, "\n".join(outputs)[-4000:]
-    return json.loads(out.read_text())
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    assert process.returncode == 0, said[-4000:]
+    return {size: json.loads((folder / f"{size}.json").read_text()) for size in asked}
 
 
 @pytest.fixture(scope="module")
-def one(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return run(1, tmp_path_factory.mktemp("one"))
+def one(worlds: dict[int, dict[str, Any]]) -> dict[str, Any]:
+    return worlds[1]
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return run(2, tmp_path_factory.mktemp("two"))
+def two(worlds: dict[int, dict[str, Any]]) -> dict[str, Any]:
+    return worlds[2]
 
 
 def plain_lamb(weights: list[torch.Tensor], gradients: list[list[torch.Tensor]], lr: float, corrected: bool) -> None:

@@ -18,7 +18,7 @@ from tests.conftest import REPOSITORY, TINY, Electra, clean_environment, command
 pytestmark = pytest.mark.distributed
 
 
-SLOWLY = "slow@phase=data,seconds=0.1"
+SLOWLY, MORE_SLOWLY = "slow@phase=data,seconds=0.1", "slow@phase=data,seconds=0.4"
 """So that a run does not end before it is killed or stopped."""
 
 
@@ -29,11 +29,11 @@ def zero(stage: int) -> str:
 class Started(subprocess.Popen):
     """The command line in the background; what it says goes to a file."""
 
-    def __init__(self, said: Path, *arguments: object, fault: str = ""):
+    def __init__(self, said: Path, *arguments: object, fault: str = "", forks: bool = False):
         self.said = said
         environment = clean_environment(**({"ELECTRA_FAULT": fault} if fault else {}))
         with open(said, "w") as file:
-            super().__init__(command(*arguments), env=environment, stdout=file, stderr=file)
+            super().__init__(command(*arguments, forks=forks), env=environment, stdout=file, stderr=file)
 
 
 Start = Callable[..., Started]
@@ -44,8 +44,8 @@ def start(tmp_path: Path) -> Iterator[Start]:
     """Starts the command line in the background; what still runs when the test ends is killed."""
     processes: list[Started] = []
 
-    def run(*arguments: object, fault: str = "") -> Started:
-        processes.append(Started(tmp_path / f"said_{len(processes)}", *arguments, fault=fault))
+    def run(*arguments: object, fault: str = "", forks: bool = False) -> Started:
+        processes.append(Started(tmp_path / f"said_{len(processes)}", *arguments, fault=fault, forks=forks))
         return processes[-1]
 
     yield run
@@ -79,18 +79,18 @@ def weights(run_dir: Path, name: str, step: int) -> tuple[bytes, bytes]:
 
 def test_kill_9_then_the_same_command_gives_the_same_run(shared_config: Path, electra: Electra, start: Start) -> None:
     run_dir = shared_config.parent / "out"
-    arguments = ["run", shared_config, "train.steps=60", "tracking.uri=auto", zero(0)]
+    arguments = ["run", shared_config, "train.steps=40", "tracking.uri=auto", zero(0)]
     electra(*arguments, "run.name=whole")
-    for round_number, step in enumerate((7, 33)):
+    for round_number, step in enumerate((7, 18)):
         process = start(*arguments, "run.name=killed", fault=SLOWLY)
         wait_for_step(run_dir, "killed", step, process)
         process.kill()
         process.wait()
-        assert read_journal(run_dir, "killed")[-1]["step"] < 60, f"round {round_number}: it was not killed in time"
+        assert read_journal(run_dir, "killed")[-1]["step"] < 40, f"round {round_number}: it was not killed in time"
     electra(*arguments, "run.name=killed")
     assert same_run(read_journal(run_dir, "whole"), read_journal(run_dir, "killed"))
-    assert weights(run_dir, "whole", 60) == weights(run_dir, "killed", 60)
-    assert_in_mlflow_once(run_dir / "mlflow.db", "killed", steps=60)
+    assert weights(run_dir, "whole", 40) == weights(run_dir, "killed", 40)
+    assert_in_mlflow_once(run_dir / "mlflow.db", "killed", steps=40)
 
 
 def assert_in_mlflow_once(database: Path, name: str, steps: int) -> None:
@@ -129,24 +129,24 @@ def test_stopped_and_resumed_is_bitwise_the_same(
 ) -> None:
     run_dir, name = shared_config.parent / "out", f"stop{stage}"
     arguments = [
-        "run", shared_config, "train.steps=40", "train.log_every=2", f"launch.processes={processes}", zero(stage),
+        "run", shared_config, "train.steps=16", "train.log_every=2", f"launch.processes={processes}", zero(stage),
         f"train.precision={precision}",
     ]  # fmt: skip
     electra(*arguments, f"run.name={name}-whole")
-    process = start(*arguments, f"run.name={name}", fault=SLOWLY)
+    process = start(*arguments, f"run.name={name}", fault=MORE_SLOWLY, forks=True)
     wait_for_step(run_dir, name, 2, process)
     process.send_signal(signal.SIGUSR2)
     assert process.wait(400) == 85
     electra(*arguments, f"run.name={name}")
     assert same_run(read_journal(run_dir, f"{name}-whole"), read_journal(run_dir, name))
-    assert weights(run_dir, f"{name}-whole", 40) == weights(run_dir, name, 40)
+    assert weights(run_dir, f"{name}-whole", 16) == weights(run_dir, name, 16)
 
 
 def test_another_number_of_processes_and_stage_goes_on(shared_config: Path, electra: Electra, start: Start) -> None:
     run_dir = shared_config.parent / "out"
-    arguments = ["run", shared_config, "train.steps=40"]
+    arguments = ["run", shared_config, "train.steps=20"]
     electra(*arguments, "run.name=steady", zero(0))
-    process = start(*arguments, "run.name=moved", "launch.processes=2", zero(3), fault=SLOWLY)
+    process = start(*arguments, "run.name=moved", "launch.processes=2", zero(3), fault=MORE_SLOWLY, forks=True)
     wait_for_step(run_dir, "moved", 4, process)
     process.send_signal(signal.SIGTERM)
     assert process.wait(400) == 85

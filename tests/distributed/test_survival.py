@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ import pytest
 from pipeline.checkpoint import LATEST, load
 from pipeline.goodput import Attempt, read_attempts, total_seconds
 from tests.conftest import Electra, clean_environment
-from tests.distributed.drill import Drill, kill, run, zero
+from tests.distributed.drill import Drill, kill, run_forked, zero
 from tests.distributed.forked_ranks import ForkedRanks, Job, read_batches
 from tests.pipeline.test_checkpoint import DAMAGE
 from tests.soak.soak import soak
@@ -36,9 +37,9 @@ def forked_ranks() -> Iterator[ForkedRanks]:
 
 
 @pytest.fixture(scope="module")
-def whole(shared_config: Path) -> Drill:
+def whole(shared_config: Path, electra: Electra) -> Drill:
     """The run of two processes that nothing happens to."""
-    return run(Drill(shared_config, "undisturbed", *TWO_PROCESSES))
+    return run_forked(electra, Drill(shared_config, "undisturbed", *TWO_PROCESSES))
 
 
 Pretrain = Callable[..., tuple[list[int], Drill]]
@@ -62,11 +63,12 @@ def pretrain(shared_config: Path, forked_ranks: ForkedRanks, electra: Electra) -
     return start
 
 
-def test_kills_change_nothing(tmp_path: Path) -> None:
-    outcome = soak(tmp_path, kills=5, stage=1, seed=6)
+def test_kills_change_nothing(shared_config: Path, electra: Electra) -> None:
+    """Ranks are forked from the command, or imports would take most of the time; the soak starts them."""
+    outcome = soak(shared_config.parent, kills=10, stage=1, seed=7, run_whole=partial(run_forked, electra), forks=True)
     print(outcome)
     assert outcome.differences == []
-    assert sum(outcome.kills.values()) == 5
+    assert sum(outcome.kills.values()) == 10
     assert sum(count for (when, _), count in outcome.kills.items() if when == "save") >= 2
 
 
@@ -111,9 +113,9 @@ def assert_seconds_add_up(drill: Drill, wall_s: float) -> list[Attempt]:
     return attempts
 
 
-def test_a_rank_that_dies_again_and_again_ends_the_command(shared_config: Path) -> None:
+def test_a_rank_that_dies_again_and_again_ends_the_command(shared_config: Path, electra: Electra) -> None:
     settings = ["launch.processes=2", "launch.restarts=1"]
-    drill = run(Drill(shared_config, "doomed", *settings, fault="kill@step=7,rank=1"), code=1)
+    drill = run_forked(electra, Drill(shared_config, "doomed", *settings, fault="kill@step=7,rank=1"), code=1)
     assert "not started again: 1 restarts in a row have gained nothing" in drill.said
     assert drill.said.count("killed: rank 1 by signal 9") == 2  # the first had gained step 5
     assert drill.steps() == [5] and drill.journal()[-1]["step"] == 6
@@ -143,12 +145,12 @@ def assert_same_but_for_rounding(whole: Drill, moved: Drill) -> None:
 
 
 @pytest.fixture(scope="module")
-def interrupted(shared_config: Path) -> tuple[Drill, Drill]:
+def interrupted(shared_config: Path, electra: Electra) -> tuple[Drill, Drill]:
     """A run of 20 steps, and one killed in step 13 with checkpoints of 5 and 10."""
     settings = ["train.keep_checkpoints=9"]
-    whole = run(Drill(shared_config, "uninterrupted", *settings))
+    whole = run_forked(electra, Drill(shared_config, "uninterrupted", *settings))
     killed = Drill(shared_config, "interrupted", *settings, "launch.restarts=0", fault="kill@step=13")
-    return whole, run(killed, code=1)
+    return whole, run_forked(electra, killed, code=1)
 
 
 @pytest.mark.parametrize(
@@ -156,12 +158,14 @@ def interrupted(shared_config: Path) -> tuple[Drill, Drill]:
     [("optimizer.safetensors", "flipped byte"), ("MANIFEST.json", "truncated")],
 )
 def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(
-    shared_config: Path, interrupted: tuple[Drill, Drill], file: str, damage: str
+    shared_config: Path, electra: Electra, interrupted: tuple[Drill, Drill], file: str, damage: str
 ) -> None:
-    assert_damage_is_survived(shared_config, *interrupted, file, damage)
+    assert_damage_is_survived(shared_config, electra, *interrupted, file, damage)
 
 
-def assert_damage_is_survived(config: Path, whole: Drill, killed: Drill, file: str, damage: str) -> None:
+def assert_damage_is_survived(
+    config: Path, electra: Electra, whole: Drill, killed: Drill, file: str, damage: str
+) -> None:
     """A copy of the killed run with one file of its newest checkpoint damaged is run to its end."""
     name = f"{damage.replace(' ', '-')}-{file}"
     mended = Drill(config, name, "train.keep_checkpoints=9")
@@ -169,7 +173,7 @@ def assert_damage_is_survived(config: Path, whole: Drill, killed: Drill, file: s
     checkpoints = mended.folder / "checkpoints"
     DAMAGE[damage](checkpoints / "step_00000010" / file)
     before = contents(checkpoints)
-    run(mended)
+    run_forked(electra, mended)
     assert f"step_00000010/{file}: " in mended.said
     assert "moved to step_00000010.damaged-1, trying the one before" in mended.said
     assert "training from step 5" in mended.said
@@ -230,7 +234,7 @@ def small_disk() -> Iterator[Callable[[Drill, Path], SmallDisk]]:
 def test_a_full_disk_is_survived_once_it_has_room_again(
     shared_config: Path, whole: Drill, small_disk: Callable[[Drill, Path], SmallDisk], part: str
 ) -> None:
-    drill = Drill(shared_config, f"full-disk-{part}", *TWO_PROCESSES, fault="slow@seconds=0.4")
+    drill = Drill(shared_config, f"full-disk-{part}", *TWO_PROCESSES, fault="slow@seconds=0.4", forks=True)
     disk = small_disk(drill, drill.folder / "checkpoints" if part == "checkpoints" else drill.folder.parent)
     with drill:
         assert drill.until((drill.folder / "checkpoints" / LATEST).exists)  # written last
@@ -251,9 +255,10 @@ def test_a_full_disk_is_survived_once_it_has_room_again(
 
 
 def test_a_disk_that_stays_full_ends_the_run_with_the_older_checkpoints_intact(
-    shared_config: Path,
+    shared_config: Path, electra: Electra
 ) -> None:
-    drill = run(Drill(shared_config, "stays-full", "launch.restarts=0", fault="full@step=10-20"), code=1)
+    drill = Drill(shared_config, "stays-full", "launch.restarts=0", fault="full@step=10-20")
+    run_forked(electra, drill, code=1)
     assert "a checkpoint could not be written" in drill.said
     assert "earlier ones are intact: mend the disk and start again" in drill.said
     assert drill.steps() == [5]
@@ -272,7 +277,7 @@ main()
 
 
 def test_a_second_job_is_refused_where_locks_end_at_the_node(shared_config: Path, whole: Drill) -> None:
-    drill = Drill(shared_config, "twice", *TWO_PROCESSES, fault="slow@seconds=1")
+    drill = Drill(shared_config, "twice", *TWO_PROCESSES, fault="slow@seconds=1", forks=True)
     with drill:
         assert drill.until_step(3)
         command = [sys.executable, "-c", ANOTHER_NODE, "run", str(shared_config), "run.name=twice"]

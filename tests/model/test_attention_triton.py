@@ -32,6 +32,8 @@ CASES = [  # rows, heads, head size, lengths of a row's pieces
     (1, 1, 16, (1,) * 18),
     (1, 1, 128, (12, 9)),
 ]
+SEVERAL = (2, 2, 16, (5, 1, 12))
+"""Several of each, as few as that takes, for what does not depend on how many."""
 
 
 @pytest.fixture(autouse=True)
@@ -125,7 +127,7 @@ def test_blocks_change_nothing_but_rounding(blocks, blocks_name):
 @pytest.mark.parametrize("order", [(2, 0, 3, 1, 4), (0, 3, 2, 1, 4), (1, 0, 2, 3, 4), (4, 0, 1, 2, 3)], ids=str)
 def test_views_give_the_same_and_are_not_copied(order):
     """Axes of ``qkv`` and of the incoming gradient lie in memory in another order, with room between them."""
-    qkv, packing = inputs(CASES[2])
+    qkv, packing = inputs(SEVERAL)
     back = sorted(range(5), key=order.__getitem__)
     wider = torch.zeros_like(qkv.permute(order)).repeat(1, 1, 2, 1, 1)[:, :, : qkv.shape[order[2]]]
     view = wider.copy_(qkv.permute(order)).permute(back)
@@ -144,7 +146,7 @@ def test_views_give_the_same_and_are_not_copied(order):
 
 
 def test_a_gradient_without_strides_is_taken():
-    qkv, packing = inputs(CASES[2])
+    qkv, packing = inputs(SEVERAL)
     leaves = [qkv.clone().requires_grad_() for _ in range(2)]
     triton_attention(leaves[0], packing, None).sum().backward()
     reference_attention(leaves[1], packing, None).sum().backward()
@@ -191,7 +193,7 @@ def test_blocks_of_other_pieces_are_not_visited():
 
 
 def test_two_calls_are_equal_and_keys_matter():
-    qkv, packing = inputs(CASES[2], torch.bfloat16)
+    qkv, packing = inputs(SEVERAL, torch.bfloat16)
     first, second = (with_gradient(triton_attention, qkv, packing, make_dropout()) for _ in range(2))
     assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
     another = Dropout(0.2, torch.tensor(8, device=DEVICE))

@@ -139,7 +139,7 @@ def test_difference_tables_add_nothing_to_what_is_kept():
     assert kept[0]["discriminator"] == kept[1]["discriminator"]
 
 
-LENGTH, ROWS, VOCAB_SIZE = 128, 2, 1000
+LENGTH, ROWS, VOCAB_SIZE = 64, 2, 1000
 BOTH_NETWORKS = [
     {"name": name} for name in get_args(Objective)
 ] + [
@@ -150,7 +150,7 @@ BOTH_NETWORKS = [
 
 def build(objective: ObjectiveConfig) -> tuple[ModelConfig, Electra]:
     equal = objective.sharing == "all" or objective.training == "two_stage"
-    config = ModelConfig(size="tiny", embedding_size=96, generator_width=1 if equal else 0.5)
+    config = ModelConfig(size="tiny", hidden_layers=2, embedding_size=96, generator_width=1 if equal else 0.5)
     model = Electra(config, objective, VOCAB_SIZE, select_kernels("reference"))
     model.set_control(torch.zeros(VOCAB_SIZE))
     return config, model

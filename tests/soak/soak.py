@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from tests.distributed.drill import Drill, kill, run, zero
 
 STEPS_BETWEEN_KILLS, CHECKPOINT_EVERY = 4, 2
 _PROCESSES = 2
-_LONGEST_START_S, _PATIENCE_S = 6.0, 1200.0
+_LONGEST_START_S, _LONGEST_FORKED_START_S, _PATIENCE_S = 6.0, 2.0, 1200.0
 _STEP_S, _WRITE_S, _PUBLISH_S = 0.03, 0.06, 0.04  # slowed down, so that kills fall into each
 _SLOW = "; ".join(
     f"slow@phase={phase},seconds={seconds}"
@@ -93,8 +94,19 @@ def plan_kills(count: int, steps: int, seed: int) -> list[Kill]:
     ]
 
 
-def soak(folder: Path, kills: int, stage: int, seed: int = 0) -> Outcome:
-    """Runs once whole and once under fire, and compares."""
+def _run_patiently(drill: Drill) -> Drill:
+    return run(drill, timeout_s=_PATIENCE_S)
+
+
+def soak(
+    folder: Path,
+    kills: int,
+    stage: int,
+    seed: int = 0,
+    run_whole: Callable[[Drill], Drill] = _run_patiently,
+    forks: bool = False,
+) -> Outcome:
+    """Runs once whole, by ``run_whole``, and once under fire, and compares; with ``forks`` ranks are forked."""
     began = time.monotonic()
     config = folder / "tiny.yaml"
     if not config.exists():
@@ -103,11 +115,11 @@ def soak(folder: Path, kills: int, stage: int, seed: int = 0) -> Outcome:
     steps = max(20, STEPS_BETWEEN_KILLS * kills)
     overrides = [zero(stage), f"train.steps={steps}", f"train.checkpoint_every={CHECKPOINT_EVERY}",
                  f"launch.processes={_PROCESSES}", f"launch.restarts={kills + 1}"]  # fmt: skip
-    whole = run(Drill(config, f"whole{stage}", *overrides), timeout_s=_PATIENCE_S)
+    whole = run_whole(Drill(config, f"whole{stage}", *overrides))
     outcome = Outcome(stage, steps)
-    with Drill(config, f"killed{stage}", *overrides, fault=_SLOW) as drill:
+    with Drill(config, f"killed{stage}", *overrides, fault=_SLOW, forks=forks) as drill:
         for number, planned in enumerate(plan_kills(kills, steps, seed), 1):
-            struck = _strike(drill, planned)
+            struck = _strike(drill, planned, _LONGEST_FORKED_START_S if forks else _LONGEST_START_S)
             if struck is None:
                 outcome.differences.append(f"it had ended before kill {number}")
                 break
@@ -126,14 +138,14 @@ def soak(folder: Path, kills: int, stage: int, seed: int = 0) -> Outcome:
     return outcome
 
 
-def _strike(drill: Drill, planned: Kill) -> tuple[str, str] | None:
+def _strike(drill: Drill, planned: Kill, longest_start_s: float) -> tuple[str, str] | None:
     """Kills as planned; returns what was really hit: a save that was waited for may just have ended."""
     before, _ = drill.attempt
     if not drill.until(lambda: len(drill.ranks()) == _PROCESSES):
         return None
     ranks = drill.ranks()
     if planned.when == "start-up":
-        time.sleep(planned.delay * _LONGEST_START_S)
+        time.sleep(planned.delay * longest_start_s)
     elif not drill.until_step(planned.step, before):
         return None
     elif planned.when == "save":

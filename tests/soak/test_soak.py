@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import Electra
 from tests.distributed.drill import Drill, kill
 from tests.distributed.test_survival import (
     TWO_PROCESSES,
@@ -61,9 +62,9 @@ def test_every_setting_goes_on_from_every_other(shared_config: Path, pretrain: P
 @pytest.mark.parametrize("file", sorted(FILES))
 @pytest.mark.parametrize("damage", sorted(DAMAGE))
 def test_every_damage_is_survived(
-    shared_config: Path, interrupted: tuple[Drill, Drill], file: str, damage: str
+    shared_config: Path, electra: Electra, interrupted: tuple[Drill, Drill], file: str, damage: str
 ) -> None:
-    assert_damage_is_survived(shared_config, *interrupted, file, damage)
+    assert_damage_is_survived(shared_config, electra, *interrupted, file, damage)
 
 
 def test_nan_on_one_rank_is_the_same_under_every_stage_and_precision(pretrain: Pretrain) -> None:
