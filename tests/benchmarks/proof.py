@@ -1,0 +1,203 @@
+"""What pretraining runs came to, as tables small enough to be kept: theirs, their journals, their scores.
+
+    python tests/benchmarks/proof.py RUN RUN… --out configs/proof/tiny
+
+RUN is a run's folder. Runs whose names differ in a number at the end (``mlm_1``, ``mlm_2``) are one setting, pretrained
+several times; the first setting is what the others are compared with. Written are
+
+    OUT.md            each run (commit, FLOPs, speed, goodput, attempts), held-out scores, fine-tuned scores
+    OUT_journal.csv   a line for about every tenth of a run
+    OUT_scores.csv    a line for each fine-tuning: run, checkpoint, task, metric, seed, score
+"""
+
+import argparse
+import csv
+import re
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.comparison.curves import FLOPS_PAPER
+from pipeline.comparison.folder import read_folder
+from pipeline.comparison.measures import measure, show
+from pipeline.comparison.run import Run
+from pipeline.comparison.seeds import Column
+
+_LINES = 10  # of a run's journal
+_JOURNAL = (
+    "train/generator_mlm_loss", "train/prediction_loss", "train/discriminator_rtd_loss", "train/discriminator_auc",
+    "held_out/mask_token_loss", "held_out/discriminator_auc", "train/learning_rate", "speed/tokens_per_s",
+)  # fmt: skip
+_OF_RUNS = (
+    "step", "tokens", "FLOPs (nominal)", "FLOPs (paper's count)", "training time", "tokens/s (median)",
+    "goodput, % productive", "attempts", "git commit",
+)  # fmt: skip
+_HELD_OUT = {
+    "held_out/mask_token_loss": "loss on [MASK], nats",
+    "held_out/discriminator_auc": "discriminator's AUC",
+    "held_out/unigram_entropy": "unigram entropy, nats",
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Pretrainings that differ in the seed alone."""
+
+    name: str
+    runs: tuple[Run, ...]
+
+    def medians(self, task: str) -> list[float]:
+        """Each pretraining's median over its fine-tuning seeds, per cent."""
+        return [100 * summary["median"] for run in self.runs if (summary := summary_of(run, task))]
+
+    def deviation(self, task: str) -> float:
+        """Of one fine-tuning from the mean of its pretraining's, per cent; the root of the mean of the variances."""
+        stds = [summary["std"] or 0.0 for run in self.runs if (summary := summary_of(run, task))]
+        return 100 * statistics.fmean(std**2 for std in stds) ** 0.5
+
+
+def summary_of(run: Run, task: str) -> dict[str, Any] | None:
+    """Values, median and spread of a task's own metric, fractions of 1; None where it was not done."""
+    if run.results is None or task not in run.results["score"]:
+        return None
+    return run.results["tasks"][task][run.results["score"][task]]
+
+
+def settings_of(runs: Sequence[Run]) -> list[Setting]:
+    """In the order of their first runs."""
+    by_name: dict[str, list[Run]] = {}
+    for run in runs:
+        by_name.setdefault(re.sub(r"_\d+$", "", run.name), []).append(run)
+    return [Setting(name, tuple(of_name)) for name, of_name in by_name.items()]
+
+
+def told_apart(one: Setting, other: Setting, task: str) -> bool:
+    """Whether no pretraining of one lies among the other's, and the means differ by more than fine-tunings do."""
+    ours, theirs = one.medians(task), other.medians(task)
+    overlap = max(ours) >= min(theirs) and max(theirs) >= min(ours)
+    distance = abs(statistics.fmean(ours) - statistics.fmean(theirs))
+    return not overlap and distance > max(one.deviation(task), other.deviation(task))
+
+
+def tables(runs: Sequence[Run]) -> str:
+    """All tables, as Markdown."""
+    settings = settings_of(runs)
+    parts = [
+        f"The runs:\n\n{_about(runs)}",
+        f"At their ends, on text held out:\n\n{_held_out(runs)}",
+        "Fine-tuned, per cent: the median over seeds of each pretraining ± the deviation of one fine-tuning\n"
+        f"(seeds of each: {_numbers_of_seeds(runs)}):\n\n{_scores(settings)}",
+    ]
+    if len(settings) > 1:
+        parts.append(
+            f"Against {settings[0].name}: difference of the means of these medians; in bold where no pretraining of\n"
+            "the one lies among those of the other and they differ by more than a fine-tuning deviates:\n\n"
+            f"{_differences(settings)}"
+        )
+    return "\n\n".join(parts) + "\n"
+
+
+def _about(runs: Sequence[Run]) -> str:
+    rows = {row.name: row for row in measure([Column(run.name, (run,)) for run in runs])}
+    shown = [name for name in _OF_RUNS if name in rows]
+    lines = [[run.name, *(show(rows[name].values[place], rows[name].kind) for name in shown)]
+             for place, run in enumerate(runs)]  # fmt: skip
+    return _markdown([["run", *shown], *lines])
+
+
+def _held_out(runs: Sequence[Run]) -> str:
+    def shown(run: Run, metric: str) -> str:
+        value = run.curves.last(metric)
+        return "–" if value is None else f"{value:.3f}"
+
+    return _markdown(
+        [["run", *_HELD_OUT.values()], *([run.name, *(shown(run, key) for key in _HELD_OUT)] for run in runs)]
+    )
+
+
+def _numbers_of_seeds(runs: Sequence[Run]) -> str:
+    numbers = {len(summary["values"]) for run in runs for task in _tasks(runs) if (summary := summary_of(run, task))}
+    return " or ".join(map(str, sorted(numbers))) or "none"
+
+
+def _tasks(runs: Sequence[Run]) -> list[str]:
+    return list(dict.fromkeys(task for run in runs if run.results for task in run.results["score"]))
+
+
+def _metric(settings: Sequence[Setting], task: str) -> str:
+    runs = (run for setting in settings for run in setting.runs)
+    return next(run.results["score"][task] for run in runs if run.results and task in run.results["score"])
+
+
+def _by_task(settings: Sequence[Setting], columns: Sequence[Setting], cell: Callable[[Setting, str], str]) -> str:
+    tasks = _tasks([run for setting in settings for run in setting.runs])
+    heading = ["task", "metric", *(setting.name for setting in columns)]
+    rows = [[task, _metric(settings, task), *(cell(setting, task) for setting in columns)] for task in tasks]
+    return _markdown([heading, *rows])
+
+
+def _scores(settings: Sequence[Setting]) -> str:
+    def cell(setting: Setting, task: str) -> str:
+        medians = setting.medians(task)
+        return f"{', '.join(f'{each:.1f}' for each in medians)} ± {setting.deviation(task):.1f}" if medians else "–"
+
+    return _by_task(settings, settings, cell)
+
+
+def _differences(settings: Sequence[Setting]) -> str:
+    base = settings[0]
+
+    def cell(setting: Setting, task: str) -> str:
+        if not base.medians(task) or not setting.medians(task):
+            return "–"
+        difference = statistics.fmean(setting.medians(task)) - statistics.fmean(base.medians(task))
+        return f"**{difference:+.1f}**" if told_apart(base, setting, task) else f"{difference:+.1f}"
+
+    return _by_task(settings, settings[1:], cell)
+
+
+def _markdown(rows: Sequence[Sequence[str]]) -> str:
+    heading, *others = (f"| {' | '.join(row)} |" for row in rows)
+    return "\n".join([heading, "|---" * len(rows[0]) + "|", *others])
+
+
+def journal_rows(runs: Sequence[Run]) -> Iterable[list[str]]:
+    """Heading, then of each run the lines next to every tenth of its steps."""
+    yield ["run", "step", "tokens", "flops", "flops_paper", *_JOURNAL]
+    for run in runs:
+        steps = run.curves.axes["step"]
+        for place in sorted({round((number + 1) * len(steps) / _LINES) - 1 for number in range(_LINES)} - {-1}):
+            at = steps[place]
+            axes = [f"{run.curves.axes[axis][place]:.6g}" for axis in ("step", "tokens", "flops")]
+            values = [run.curves.value_at(name, "step", at) for name in (FLOPS_PAPER, *_JOURNAL)]
+            yield [run.name, *axes, *("" if value is None else f"{value:.6g}" for value in values)]
+
+
+def score_rows(runs: Sequence[Run]) -> Iterable[list[str]]:
+    """Heading, then every score of every checkpoint that was evaluated, per cent."""
+    yield ["run", "checkpoint_step", "flops_paper", "task", "metric", "seed", "per_cent"]
+    for run in runs:
+        for results in run.all_results:
+            for task, metric in results["score"].items():
+                for seed, value in enumerate(results["tasks"][task][metric]["values"], 1):
+                    of = [str(results.get("step") or ""), f"{results.get('flops_paper') or 0:.4g}"]
+                    yield [run.name, *of, task, metric, str(seed), f"{100 * value:.3f}"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN")
+    parser.add_argument("--out", type=Path, required=True, help="beginning of the files' names")
+    given = parser.parse_args()
+    runs = [read_folder(folder) for folder in given.runs]
+    given.out.parent.mkdir(parents=True, exist_ok=True)
+    given.out.with_suffix(".md").write_text(tables(runs), encoding="utf-8")
+    for name, rows in (("journal", journal_rows(runs)), ("scores", score_rows(runs))):
+        with open(given.out.with_name(f"{given.out.name}_{name}.csv"), "w", newline="", encoding="utf-8") as file:
+            csv.writer(file, lineterminator="\n").writerows(rows)
+
+
+if __name__ == "__main__":
+    main()

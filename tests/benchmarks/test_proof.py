@@ -1,0 +1,61 @@
+"""The tables of proof.py, from folders written here."""
+
+import csv
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipeline.comparison.folder import read_folder
+from tests.benchmarks import proof
+from tests.pipeline.test_compare import entry, results_of, scored, write_run
+
+
+def test_settings_are_told_apart_by_pretrainings_and_by_fine_tunings() -> None:
+    def settings(*runs: tuple[str, list[float]]) -> list[proof.Setting]:
+        return proof.settings_of([scored(name, {"cola": values}) for name, values in runs])
+
+    low, high = settings(("low_1", [0.5, 0.52, 0.51]), ("low_2", [0.53] * 3), ("high_1", [0.6] * 3))
+    assert (low.name, high.name) == ("low", "high")
+    assert low.medians("cola") == pytest.approx([51, 53])
+    assert low.deviation("cola") == pytest.approx((1 / 2) ** 0.5)  # variances 1 and 0
+    assert proof.told_apart(low, high, "cola") and proof.told_apart(high, low, "cola")
+    low, among = settings(("low_1", [0.5]), ("low_2", [0.7]), ("high_1", [0.69]))
+    assert not proof.told_apart(low, among, "cola") and not proof.told_apart(among, low, "cola")
+    low, noisy = settings(("low_1", [0.5, 0.5]), ("high_1", [0.45, 0.6]))  # 52.5 ± 10.6
+    assert not proof.told_apart(low, noisy, "cola") and not proof.told_apart(noisy, low, "cola")
+
+
+def test_tables_and_files(config_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folders = []
+    for name, scores in (("electra_1", [0.5, 0.6]), ("mlm_1", [0.7, 0.72])):
+        journal = [entry(step, 1 / step, **{"train/generator_mlm_loss": 1 / step}) for step in range(1, 41)]
+        journal[-1]["held_out/mask_token_loss"] = 3.25
+        folder = write_run(config_path, name, journal)
+        (folder / "evaluate/step_10").mkdir(parents=True)
+        for file in ("results.json", "step_10/results.json"):
+            (folder / "evaluate" / file).write_text(json.dumps(results_of(name, {"cola": scores})))
+        folders.append(str(folder))
+    monkeypatch.setattr(sys, "argv", ["proof.py", *folders, "--out", str(tmp_path / "tables/tiny")])
+    proof.main()
+    text = (tmp_path / "tables/tiny.md").read_text()
+    assert "| electra_1 | 40 | 4,000 | 4.000e07 | 4.000e06 | 0:00:20 |" in text
+    assert "| mlm_1 | 3.250 | – | – |" in text
+    assert "| cola | accuracy | 55.0 ± 7.1 | 71.0 ± 1.4 |" in text
+    assert "(seeds of each: 2)" in text
+    assert "| cola | accuracy | **+16.0** |" in text
+    journal = list(csv.DictReader((tmp_path / "tables/tiny_journal.csv").open()))
+    assert [line["step"] for line in journal] == [str(step) for step in range(4, 41, 4)] * 2
+    assert journal[0]["train/generator_mlm_loss"] == "0.25"
+    assert journal[0]["held_out/mask_token_loss"] == ""
+    scores = list(csv.DictReader((tmp_path / "tables/tiny_scores.csv").open()))
+    assert [(line["run"], line["seed"], line["per_cent"]) for line in scores] == [
+        ("electra_1", "1", "50.000"), ("electra_1", "2", "60.000"), ("mlm_1", "1", "70.000"), ("mlm_1", "2", "72.000"),
+    ]  # fmt: skip
+
+
+def test_a_run_that_has_just_begun_has_rows_without_values(config_path: Path) -> None:
+    runs = [read_folder(write_run(config_path, name, [])) for name in ("a", "b_2")]
+    assert "| a | – |" in proof.tables(runs)
+    assert len(list(proof.journal_rows(runs))) == 1
