@@ -25,7 +25,7 @@ quickstart: setup
 	echo "done in $$(( $$(date +%s) - begin )) s after installation"
 
 test: setup
-	$(BIN)/python -m pytest -n 3 --dist loadgroup --no-loadscope-reorder -m "not soak"
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -m "not soak"
 
 soak: setup
 	$(BIN)/python -m pytest -m soak

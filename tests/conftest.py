@@ -10,6 +10,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,13 +24,21 @@ torch.set_num_threads(1)  # the workers share the cores: of several threads each
 _LIMIT_S = 300.0
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Among several workers a file is one's, and so are all tests that need Slurm, which go first: they mostly wait."""
+    """Tests that need Slurm go first: they are the longest that one worker has."""
     items.sort(key=lambda item: item.get_closest_marker("slurm") is None)
-    for item in items:
-        of_slurm = item.get_closest_marker("slurm") is not None
-        item.add_marker(pytest.mark.xdist_group("slurm" if of_slurm else item.path.stem))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Among several workers a file is one's, and so are all tests that need Slurm, which share a cluster."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class OfOneCluster(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "tests/slurm" if nodeid.startswith("tests/slurm/") else super()._split_scope(nodeid)
+
+    return OfOneCluster(config, log)
 
 
 REPOSITORY = Path(__file__).resolve().parents[1]
