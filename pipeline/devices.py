@@ -105,7 +105,7 @@ def peak_flops(device: str, threads: int, precision: str) -> tuple[float, str]:
     """The rate that MFU refers to, in FLOP/s, and where it comes from.
 
     A known GPU's datasheet value; else the best of a few matrix products timed here, in the precision of training: a
-    processor with units for bf16 multiplies in it ten times as fast.
+    processor with units for bf16 multiplies in it eight times as fast.
     """
     if device == "cuda":
         name = torch.cuda.get_device_name()
