@@ -192,7 +192,8 @@ class Watch:
         exits.daemon = True
         exits.start()
         try:
-            print(f"rank {self._process.rank} ends: {verdict}", file=sys.stderr, flush=True)
+            sys.stderr.write(f"rank {self._process.rank} ends: {verdict}\n")  # whole, among other ranks' lines
+            sys.stderr.flush()
             self._stacks.mkdir(parents=True, exist_ok=True)
             path = self._stacks / f"rank_{self._process.rank:05d}.txt"
             with open(path, "w", encoding="utf-8") as file:

@@ -13,7 +13,7 @@ from tests.conftest import clean_environment, free_port
 
 pytestmark = pytest.mark.distributed
 
-PROGRAM = """
+PROGRAM = r'''
 import os, sys, time
 from datetime import timedelta
 import torch.distributed
@@ -26,6 +26,11 @@ init_process_group(Process(rank, rank, 2), "cpu", timedelta(days=2))
 control = Control("cpu", timedelta(days=2))
 
 
+def say(*words):
+    """In one write, or lines of two ranks come mixed where nothing is buffered."""
+    os.write(1, (" ".join(map(str, words)) + "\n").encode())
+
+
 def plan():
     if rank == 1:
         raise DamagedError("rows.tsv:3: text is empty")
@@ -36,14 +41,14 @@ if case == "agree":
     try:
         _agree(control, plan)
     except Exception as error:
-        print(rank, type(error).__name__, error.exit_code, error)
+        say(rank, type(error).__name__, error.exit_code, error)
 elif rank == 1:
     leave_together(2.0)  # rank 0 does not come
-    print(rank, "left")
+    say(rank, "left")
 else:
     time.sleep(600)
 exit_process(0)
-"""
+'''
 
 
 @contextmanager

@@ -54,7 +54,8 @@ def leave(code: int) -> NoReturn:
     sys.exit(code)
 
 
-print(f"stub {stage} rank {rank} attempt {attempt}", stub.get("says", ""), flush=True)
+sys.stdout.write(f"stub {stage} rank {rank} attempt {attempt} {stub.get('says', '')}\n")  # in one piece
+sys.stdout.flush()
 if stub.get("fail_stage") == stage:
     sys.exit(1)
 while attempt == 0 and "hang" in stub:
