@@ -226,6 +226,8 @@ def run_stages(config: Config, stages: tuple[str, ...], arguments: list[str], fo
 
     with ExitStack() as stack:
         stack.enter_context(run_lock(config))
+        if force == "evaluate":
+            plan_stages(config, stages[: stages.index(force)])  # what they refuse, they refuse before anything is moved
         if force:
             move_aside(config, force)
         shipper: Shipper | None = None

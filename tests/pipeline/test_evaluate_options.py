@@ -57,6 +57,16 @@ def test_several_checkpoints_and_runs_lie_side_by_side(
     assert "no results in it" in electra("scores", tmp_path, code=78).stderr
 
 
+def test_what_cannot_start_moves_no_results_aside(trained: list[str], electra: Electra, write_task) -> None:
+    task = f'evaluate.tasks=["{write_task("kept")}"]'
+    electra("run", *trained, task, *FAST, *AFRESH)
+    run = Path(trained[0]).parent / "out/runs/options"
+    before = sorted(run.glob("evaluate*"))
+    assert "nothing was touched" in electra("run", *trained, task, *FAST, "optimizer.lr=1e-3", *AFRESH, code=78).stderr
+    assert sorted(run.glob("evaluate*")) == before
+    assert results_of(trained)["score"]["kept"] == "accuracy"
+
+
 def test_tasks_start_from_mnli_where_that_is_asked_for(
     trained: list[str], electra: Electra, write_task, tmp_path: Path
 ) -> None:
