@@ -23,6 +23,9 @@ from model.kernels.dropout import dropout_at, dropout_keys
 from model.kernels.select import Kernels, outside_autocast
 
 SPAN_WIDTH = 512
+_ROUND_TOKENS = 64
+"""A row on a CPU is filled up to a multiple: of a product of another shape oneDNN first makes a program, at ten times
+the cost of running it (bf16, ELECTRA-Small's width and less)."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,16 @@ class Examples:
         packing = replace(self.packing, pieces_BT=self.packing.pieces_BT.to(device))
         return Examples(self.token_ids_T.to(device), self.token_types_T.to(device), packing)
 
+    def filled_up(self, multiple: int) -> "Examples":
+        """The same and more of [PAD], none longer than the longest, so that the tokens are a multiple of so many."""
+        if not (missing := -len(self.token_ids_T) % multiple):
+            return self
+        token_ids_T, token_types_T = (F.pad(each_T, (0, missing)) for each_T in (self.token_ids_T, self.token_types_T))
+        more, rest = divmod(missing, longest := max(self.lengths))
+        lengths = (*self.lengths, *(longest,) * more, *(rest,) * bool(rest))
+        packing = Packing.of_lengths(lengths, token_ids_T.device)
+        return Examples(token_ids_T, token_types_T, packing)
+
     def by_example(self, values_T: Tensor, padding: float) -> Tensor:
         """Values of tokens as ``(P, L, …)``, filled up with ``padding``."""
         padded = values_T.new_full((len(self.lengths), max(self.lengths), *values_T.shape[1:]), padding)
@@ -81,25 +94,26 @@ class FineTunedElectra(nn.Module):
 
     def encode(self, examples: Examples) -> Tensor:
         """The last layer's vectors ``(T, H)``."""
-        return self._run(examples, leaves_out=0)[0]
+        return self._run(_as_row(examples), leaves_out=0)[0][: len(examples.token_ids_T)]
 
     def encode_first(self, examples: Examples) -> Tensor:
         """The last layer's vectors of each [CLS] alone, ``(P, H)``: equal to ``encode``'s, and a layer cheaper."""
-        hidden_TH, keys_S = self._run(examples, leaves_out=1)
+        row = _as_row(examples)
+        hidden_TH, keys_S = self._run(row, leaves_out=1)
         layer, keys_S = self.discriminator.layers[-1], self.discriminator.keys_of_layer(keys_S, -1)
         assert isinstance(layer, Layer)
-        first_PH = hidden_TH.index_select(0, examples.first_P)
-        attended_PH = _attend_from_first(layer.attention, first_PH, hidden_TH, examples)
-        return layer.after_attention(first_PH, attended_PH, keys_S)
+        first_PH = hidden_TH.index_select(0, row.first_P)
+        attended_PH = _attend_from_first(layer.attention, first_PH, hidden_TH, row)
+        return layer.after_attention(first_PH, attended_PH, keys_S)[: len(examples.lengths)]
 
-    def _run(self, examples: Examples, leaves_out: int) -> tuple[Tensor, Tensor | None]:
+    def _run(self, row: Examples, leaves_out: int) -> tuple[Tensor, Tensor | None]:
         """The row of all examples through the encoder, ``(T, H)``, and dropout's keys, drawn from torch's generator."""
-        encoder, device, keys_S = self.discriminator, examples.token_ids_T.device, None
+        encoder, device, keys_S = self.discriminator, row.token_ids_T.device, None
         if self.training:
             keys_S = dropout_keys(int(torch.randint(2**62, ())), 0, encoder.num_sites, device)
-        arguments = (examples.token_ids_T[None], examples.positions_T[None], examples.token_types_T[None])
+        arguments = (row.token_ids_T[None], row.positions_T[None], row.token_types_T[None])
         embedded_1TE = self.embeddings(*arguments, dropout_at(keys_S, 0, encoder.embedding_dropout))
-        return encoder(embedded_1TE, examples.packing, keys_S, leaves_out)[0], keys_S
+        return encoder(embedded_1TE, row.packing, keys_S, leaves_out)[0], keys_S
 
 
 class LinearHead(nn.Module):
@@ -241,6 +255,11 @@ class JointSpanHead(nn.Module):
         mixed_PH = mixed_PH.index_add(0, pieces_T, probability_T[:, None] * hidden_TH)
         both_P2H = torch.cat([hidden_TH.index_select(0, examples.first_P), mixed_PH], dim=1)
         return self.answerable(gelu(self.answerable_inner(both_P2H), self.activation)).squeeze(-1).float()
+
+
+def _as_row(examples: Examples) -> Examples:
+    """What the network is given: on a CPU a row of a length that comes again, see ``_ROUND_TOKENS``."""
+    return examples.filled_up(_ROUND_TOKENS) if examples.token_ids_T.device.type == "cpu" else examples
 
 
 def _attend_from_first(attention: SelfAttention, first_PH: Tensor, hidden_TH: Tensor, examples: Examples) -> Tensor:

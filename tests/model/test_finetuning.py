@@ -118,6 +118,31 @@ def test_the_first_tokens_alone_are_those_of_all() -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("lengths", [LENGTHS, (7,), (3, 3, 3), (64,), (50, 15)])
+def test_what_fills_a_row_up_changes_nothing(lengths: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU; outputs, dropout and gradients are those of the examples alone."""
+    config = CONFIG.model_copy(update={"dropout": 0.2, "attention_dropout": 0.2})
+    torch.manual_seed(3)
+    model = FineTunedElectra(config, VOCAB, select_kernels("torch"), LinearHead(config, 3, 0.1))
+    examples = make_examples(lengths)
+    filled = examples.filled_up(64)
+    assert len(filled.token_ids_T) % 64 == 0
+    assert filled.positions_T.max() < max(lengths)
+    assert filled.lengths[: len(lengths)] == lengths
+    for name, shape in (("encode", sum(lengths)), ("encode_first", len(lengths))):
+        found = []
+        for multiple in (1, 64):
+            monkeypatch.setattr("model.finetuning._ROUND_TOKENS", multiple)
+            torch.manual_seed(4)
+            output = getattr(model, name)(examples)
+            model.zero_grad()
+            output.square().sum().backward()
+            gradients = [p.grad for p in model.parameters() if p.grad is not None]
+            found.append([output, *gradients])
+            assert output.shape == (shape, config.hidden_size)
+        torch.testing.assert_close(*found)
+
+
 def test_positions_count_within_an_example() -> None:
     examples = make_examples((2, 3))
     assert examples.positions_T.tolist() == [0, 1, 0, 1, 2]
