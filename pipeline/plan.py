@@ -1,6 +1,7 @@
 """Numbers that follow from a config and a number of processes; computed once, printed and logged."""
 
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from model.flops import RunFlops, count_parameters, run_flops, steps_for_flops, training_flops_per_token
@@ -8,11 +9,21 @@ from model.flops_paper import paper_flops_per_step
 from model.objective import Trains
 from pipeline.config import Config
 from pipeline.errors import ConfigError
+from pipeline.journal import Entry
 
 MAX_AUTO_MICRO_BATCH_TOKENS = 32_768
 """Tokens of an automatic micro-batch: at hidden size 1024 they fill an H100's tiles to 97 %."""
 
 _CHECKPOINT_BYTES_PER_PARAMETER = 12  # fp32 weight and two moments
+
+
+@dataclass(frozen=True)
+class Before:
+    """What the steps of the run that a fork goes on from came to, less what they would have come to by its own plan."""
+
+    tokens: int = 0
+    flops: float = 0.0
+    flops_paper: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -33,6 +44,7 @@ class Plan:
         checkpoint_bytes: One checkpoint: weights and both moments in fp32.
         disk_bytes: Checkpoints that are kept plus one being written.
         token_bytes: Of one token in a shard.
+        before: Not zero in a fork with rows, a batch or an objective of its own.
     """
 
     world_size: int
@@ -58,14 +70,19 @@ class Plan:
     checkpoint_bytes: int
     disk_bytes: int
     token_bytes: int
+    before: Before = Before()
+
+    def tokens_at(self, step: int) -> int:
+        """Tokens of the first ``step`` steps together."""
+        return self.before.tokens + step * self.tokens_per_step
 
     def flops_at(self, step: int) -> float:
         """Nominal FLOPs of the first ``step`` steps together."""
-        return self.nominal.at(step)
+        return self.before.flops + self.nominal.at(step)
 
     def flops_paper_at(self, step: int) -> float:
         """FLOPs of the first ``step`` steps in the paper's count."""
-        return self.paper.at(step)
+        return self.before.flops_paper + self.paper.at(step)
 
     def to_dict(self) -> dict[str, Any]:
         """Fields as JSON types."""
@@ -128,6 +145,26 @@ def make_plan(
         disk_bytes=checkpoint_bytes * _most_checkpoints(config, steps),
         token_bytes=2 if vocab_size < 65536 else 4,
     )
+
+
+def with_steps_before(plan: Plan, config: Config, entries: Sequence[Entry]) -> Plan:
+    """A fork's plan, which counts the steps up to it as the lines in the journal have them that it inherited.
+
+    Where the run forked from wrote no line at that very step, the steps since its last one count as the fork's own.
+    """
+    if config.run.fork_from is None:
+        return plan
+    forked_at = int(config.run.fork_from.rpartition("@")[2])
+    inherited = [entry for entry in entries if entry["step"] <= forked_at]
+    if not inherited:
+        return plan
+    last, step = inherited[-1], inherited[-1]["step"]
+    before = Before(
+        last["tokens"] - step * plan.tokens_per_step,
+        last["flops"] - plan.nominal.at(step),
+        last["flops_paper"] - plan.paper.at(step),
+    )
+    return replace(plan, before=before)
 
 
 def _most_checkpoints(config: Config, steps: int) -> int:

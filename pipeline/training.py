@@ -22,7 +22,7 @@ from pipeline.goodput import Class, Ledger
 from pipeline.health import ChanceWatch, SlowWatch
 from pipeline.journal import Entry, Journal, read_entries
 from pipeline.log import logger
-from pipeline.plan import Plan
+from pipeline.plan import Plan, with_steps_before
 from pipeline.progress import Progress
 from pipeline.replicas import deviating, digest_of
 from pipeline.snapshot import BackgroundCopy, BackgroundWriter, Snapshot
@@ -84,11 +84,12 @@ class Training:
         self, config: Config, plan: Plan, engine: Engine, control: Control, process: Process, state: TrainingState,
         folder: Path, device: str, peak_flops: float, guards: Guards,
     ):  # fmt: skip
-        self.config, self.plan, self.engine, self.control = config, plan, engine, control
+        self.config, self.engine, self.control = config, engine, control
         self.process, self.state, self.folder, self.device = process, state, folder, device
         self.journal = Journal(folder / "journal.jsonl", state.step) if process.rank == 0 else None
         self.progress = Progress(plan.steps, state.step, process.rank)
         entries = read_entries(folder / "journal.jsonl") if self.journal else []
+        self.plan = with_steps_before(plan, config, entries)  # only who has a journal counts
         self._chance, self._spikes = ChanceWatch(config, entries), SpikeWatch(config.train, entries)
         self._slow = SlowWatch(control.gather(socket.gethostname()))
         self.spike = ""  # what the last line of the journal showed; rank 0 alone knows
@@ -188,7 +189,7 @@ class Training:
         flops_per_s = (plan.flops_at(state.step) - plan.flops_at(self._logged_step)) / seconds
         entry: Entry = {
             "step": state.step,
-            "tokens": state.step * plan.tokens_per_step,
+            "tokens": plan.tokens_at(state.step),
             "flops": plan.flops_at(state.step),
             "flops_paper": plan.flops_paper_at(state.step),
             "wall_s": state.trained_s,

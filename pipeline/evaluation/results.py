@@ -26,9 +26,10 @@ from pipeline.evaluation.submission import GLUE_FILES, check_complete, write_glu
 from pipeline.evaluation.table import glue_average, markdown_table
 from pipeline.evaluation.tasks import Task
 from pipeline.evaluation.units import Unit
+from pipeline.journal import read_entries
 from pipeline.log import logger
-from pipeline.plan import make_plan
-from pipeline.stages import StageRecord
+from pipeline.plan import make_plan, with_steps_before
+from pipeline.stages import StageRecord, stage_folder
 
 
 def gather(config: Config, units: list[Unit], record: StageRecord) -> Results:
@@ -73,6 +74,8 @@ def gather(config: Config, units: list[Unit], record: StageRecord) -> Results:
 
 def _about(config: Config, pretrained: Pretrained) -> Results:
     plan = make_plan(config, 1, pretrained.vocab_size) if pretrained.step else None
+    if plan:
+        plan = with_steps_before(plan, config, read_entries(stage_folder(config, "pretrain") / "journal.jsonl"))
     return {
         "checkpoint": str(pretrained.folder),
         "run": config.run.name,

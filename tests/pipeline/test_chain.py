@@ -3,7 +3,9 @@
 import json
 import os
 import time
+from collections.abc import Callable
 from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -104,6 +106,25 @@ def test_fork_starts_from_the_parents_checkpoint(done: Path, electra: Electra) -
     assert child[3]["train/learning_rate"] == pytest.approx(parent[3]["train/learning_rate"] / 5)
     record = json.loads((done.parent / "out/runs/fork/pretrain/stage.json").read_text())
     assert record["inputs"]["science"]["run.fork_from"] == "chain@2"
+
+
+def test_a_fork_counts_its_parents_steps_as_they_were(
+    done: Path, electra: Electra, write_task: Callable[[str], Path]
+) -> None:
+    """With rows half as long and half as many of them: a quarter of the tokens a step, also in evaluation."""
+    out = done.parent / "out"
+    parent = read_journal(out, "chain")
+    rows = ["data.sequence_length=16", "train.global_batch_size=4", "train.micro_batch_size=4"]
+    task = [f'evaluate.tasks=["{write_task("forked")}"]', "evaluate.epochs=1"]
+    electra("run", done, "run.name=fork4", "run.fork_from=chain@2", *STEPS, *rows, *task)
+    child = read_journal(out, "fork4")
+    assert child[:2] == parent[:2]
+    for count in ("tokens", "flops", "flops_paper"):
+        steps = [b[count] - a[count] for a, b in pairwise(child[1:])]
+        assert steps == pytest.approx([steps[0]] * len(steps))
+        assert 0 < steps[0] < parent[0][count] / 2, count
+    results = json.loads((out / "runs/fork4/evaluate/results.json").read_text())
+    assert (results["flops"], results["flops_paper"]) == (child[-1]["flops"], child[-1]["flops_paper"])
 
 
 @pytest.mark.parametrize(
