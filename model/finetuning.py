@@ -24,8 +24,8 @@ from model.kernels.select import Kernels, outside_autocast
 
 SPAN_WIDTH = 512
 _ROUND_TOKENS = 64
-"""A row on a CPU is filled up to a multiple: of a product of another shape oneDNN first makes a program, at ten times
-the cost of running it (bf16, ELECTRA-Small's width and less)."""
+"""In bf16 on a CPU a row is filled up to a multiple of so many: oneDNN compiles a product for each shape, at ten times
+the cost of running it at ELECTRA-Small's width and less."""
 
 
 @dataclass(frozen=True)
@@ -71,10 +71,9 @@ class Examples:
         if not (missing := -len(self.token_ids_T) % multiple):
             return self
         token_ids_T, token_types_T = (F.pad(each_T, (0, missing)) for each_T in (self.token_ids_T, self.token_types_T))
-        more, rest = divmod(missing, longest := max(self.lengths))
-        lengths = (*self.lengths, *(longest,) * more, *(rest,) * bool(rest))
-        packing = Packing.of_lengths(lengths, token_ids_T.device)
-        return Examples(token_ids_T, token_types_T, packing)
+        longest = max(self.lengths)
+        filling = [min(longest, missing - begin) for begin in range(0, missing, longest)]
+        return Examples(token_ids_T, token_types_T, Packing.of_lengths((*self.lengths, *filling), token_ids_T.device))
 
     def by_example(self, values_T: Tensor, padding: float) -> Tensor:
         """Values of tokens as ``(P, L, …)``, filled up with ``padding``."""
@@ -98,13 +97,12 @@ class FineTunedElectra(nn.Module):
 
     def encode_first(self, examples: Examples) -> Tensor:
         """The last layer's vectors of each [CLS] alone, ``(P, H)``: equal to ``encode``'s, and a layer cheaper."""
-        row = _as_row(examples)
-        hidden_TH, keys_S = self._run(row, leaves_out=1)
+        hidden_TH, keys_S = self._run(_as_row(examples), leaves_out=1)
         layer, keys_S = self.discriminator.layers[-1], self.discriminator.keys_of_layer(keys_S, -1)
         assert isinstance(layer, Layer)
-        first_PH = hidden_TH.index_select(0, row.first_P)
-        attended_PH = _attend_from_first(layer.attention, first_PH, hidden_TH, row)
-        return layer.after_attention(first_PH, attended_PH, keys_S)[: len(examples.lengths)]
+        first_PH = hidden_TH.index_select(0, examples.first_P)
+        attended_PH = _attend_from_first(layer.attention, first_PH, hidden_TH, examples)
+        return layer.after_attention(first_PH, attended_PH, keys_S)
 
     def _run(self, row: Examples, leaves_out: int) -> tuple[Tensor, Tensor | None]:
         """The row of all examples through the encoder, ``(T, H)``, and dropout's keys, drawn from torch's generator."""
@@ -258,8 +256,9 @@ class JointSpanHead(nn.Module):
 
 
 def _as_row(examples: Examples) -> Examples:
-    """What the network is given: on a CPU a row of a length that comes again, see ``_ROUND_TOKENS``."""
-    return examples.filled_up(_ROUND_TOKENS) if examples.token_ids_T.device.type == "cpu" else examples
+    """What the network is given: the examples, or a row of a length that comes again, see ``_ROUND_TOKENS``."""
+    compiles_shapes = examples.token_ids_T.device.type == "cpu" and torch.is_autocast_enabled("cpu")
+    return examples.filled_up(_ROUND_TOKENS) if compiles_shapes else examples
 
 
 def _attend_from_first(attention: SelfAttention, first_PH: Tensor, hidden_TH: Tensor, examples: Examples) -> Tensor:
@@ -267,6 +266,7 @@ def _attend_from_first(attention: SelfAttention, first_PH: Tensor, hidden_TH: Te
     width = hidden_TH.shape[1]
     weights, biases = (p.split([width, 2 * width]) for p in attention.query_key_value.parameters())
     query_PH, both_T2H = F.linear(first_PH, weights[0], biases[0]), F.linear(hidden_TH, weights[1], biases[1])
+    both_T2H = both_T2H[: len(examples.token_ids_T)]  # without what fills the row up
     heads = (attention.heads, width // attention.heads)
     key_PALD, value_PALD = examples.by_example(both_T2H, 0.0).unflatten(-1, (2, *heads)).permute(2, 0, 3, 1, 4)
     real_PL = examples.by_example(torch.ones_like(examples.token_ids_T, dtype=torch.bool), False)

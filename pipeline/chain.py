@@ -68,8 +68,10 @@ class Decision:
     inputs: dict[str, Any]
 
 
-def decide(config: Config, stage: str, keep_digests: bool = True) -> Decision:
+def decide(config: Config, stage: str, keep_digests: bool = True, forced: bool = False) -> Decision:
     """What has to be done for a stage, by its record and its inputs; changes nothing but the digest cache.
+
+    ``forced``: results of an evaluation by another recipe are no reason to refuse, as they will be moved aside.
 
     Raises:
         ConfigError: Science keys changed under a name that has results; names them and the ways on.
@@ -80,12 +82,12 @@ def decide(config: Config, stage: str, keep_digests: bool = True) -> Decision:
         if keep_digests:
             with suppress(OSError):
                 (config.run.dir / "digests").mkdir(parents=True, exist_ok=True)
-        return _decide_evaluate(config, None)
+        return _decide_evaluate(config, None, forced)
     before = STAGES[STAGES.index(stage) - 1]
     upstream = read_record(config, before)
     if upstream is None or upstream.state != "done":
         return Decision(stage, "wait", f"after {before}", {})
-    return _decide_pretrain(config, upstream) if stage == "pretrain" else _decide_evaluate(config, upstream)
+    return _decide_pretrain(config, upstream) if stage == "pretrain" else _decide_evaluate(config, upstream, forced)
 
 
 def _decide_tokenize(config: Config, keep_digests: bool) -> Decision:
@@ -147,7 +149,7 @@ def _refuse_lost_checkpoints(config: Config, record: StageRecord) -> None:
         )
 
 
-def _decide_evaluate(config: Config, upstream: StageRecord | None) -> Decision:
+def _decide_evaluate(config: Config, upstream: StageRecord | None, forced: bool) -> Decision:
     from pipeline.evaluation.tasks import load_tasks
 
     inputs: dict[str, Any] = {"science": science_of(config, "evaluate")}  # a folder is in it by its content
@@ -166,7 +168,7 @@ def _decide_evaluate(config: Config, upstream: StageRecord | None) -> Decision:
     changed = differences(record.inputs, inputs)
     foreign = [line for line in changed if line.startswith("evaluate.") and not line.startswith(EVALUATE_SELECTION)]
     results = read_results(stage_folder(config, "evaluate") / "results.json")
-    if foreign and results:
+    if foreign and results and not forced:
         raise refuse_changed_recipe(config, foreign)
     if changed:
         return Decision("evaluate", "run", f"changed: {'; '.join(changed)}; finished units are kept", inputs)
@@ -226,16 +228,17 @@ def run_stages(config: Config, stages: tuple[str, ...], arguments: list[str], fo
 
     with ExitStack() as stack:
         stack.enter_context(run_lock(config))
-        if force == "evaluate":
-            plan_stages(config, stages[: stages.index(force)])  # what they refuse, they refuse before anything is moved
-        if force:
+        if force and force != "evaluate":
             move_aside(config, force)
         shipper: Shipper | None = None
         spent_s = 0.0
         for stage in stages:
-            decision = decide(config, stage)
+            decision = decide(config, stage, forced=stage == force)
             if decision.action == "wait":
                 raise ConfigError(f"{stage} cannot start: {decision.why}; `electra run` does the stages in order")
+            if stage == force == "evaluate":  # not before: what cannot start leaves the results where they are
+                move_aside(config, stage)
+                decision = decide(config, stage)
             if decision.action == "reuse":
                 logger.info("%s: %s", stage, decision.why)
                 continue

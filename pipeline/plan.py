@@ -39,7 +39,7 @@ class Plan:
         paper: The same in the paper's count, see ``model.flops_paper``.
         flops_per_token: Nominal training FLOPs, the mean over all steps.
         flops_per_step: The same for a step.
-        flops_total: Nominal training FLOPs of all steps.
+        flops_total: Nominal training FLOPs of all steps, by this plan: a fork's earlier ones too, unlike ``flops_at``.
         flops_paper_total: The same in the paper's count.
         checkpoint_bytes: One checkpoint: weights and both moments in fp32.
         disk_bytes: Checkpoints that are kept plus one being written.
@@ -162,7 +162,7 @@ def with_steps_before(plan: Plan, config: Config, entries: Sequence[Entry]) -> P
     before = Before(
         last["tokens"] - step * plan.tokens_per_step,
         last["flops"] - plan.nominal.at(step),
-        last["flops_paper"] - plan.paper.at(step),
+        last.get("flops_paper", plan.paper.at(step)) - plan.paper.at(step),
     )
     return replace(plan, before=before)
 

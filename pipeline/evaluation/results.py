@@ -74,7 +74,7 @@ def gather(config: Config, units: list[Unit], record: StageRecord) -> Results:
 
 def _about(config: Config, pretrained: Pretrained) -> Results:
     plan = make_plan(config, 1, pretrained.vocab_size) if pretrained.step else None
-    if plan:
+    if plan and config.run.fork_from:
         plan = with_steps_before(plan, config, read_entries(stage_folder(config, "pretrain") / "journal.jsonl"))
     return {
         "checkpoint": str(pretrained.folder),

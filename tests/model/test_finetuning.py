@@ -129,18 +129,27 @@ def test_what_fills_a_row_up_changes_nothing(lengths: tuple[int, ...], monkeypat
     assert len(filled.token_ids_T) % 64 == 0
     assert filled.positions_T.max() < max(lengths)
     assert filled.lengths[: len(lengths)] == lengths
-    for name, shape in (("encode", sum(lengths)), ("encode_first", len(lengths))):
+    for name in ("encode", "encode_first"):
         found = []
-        for multiple in (1, 64):
-            monkeypatch.setattr("model.finetuning._ROUND_TOKENS", multiple)
+        for as_row in (lambda examples: examples, lambda examples: examples.filled_up(64)):
+            monkeypatch.setattr("model.finetuning._as_row", as_row)
             torch.manual_seed(4)
-            output = getattr(model, name)(examples)
+            hidden = getattr(model, name)(examples)
+            logits = model.head(hidden)
             model.zero_grad()
-            output.square().sum().backward()
+            logits.square().sum().backward()
             gradients = [p.grad for p in model.parameters() if p.grad is not None]
-            found.append([output, *gradients])
-            assert output.shape == (shape, config.hidden_size)
+            found.append([hidden, logits, torch.rand(1), *gradients])
         torch.testing.assert_close(*found)
+
+
+def test_rows_are_filled_up_in_bf16_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, examples, seen = make_model(LinearHead(CONFIG, 3, 0.1)), make_examples(), []
+    monkeypatch.setattr(model.discriminator, "forward", lambda x, packing, *_: seen.append(x.shape[1]) or x)
+    model.encode(examples)
+    with torch.autocast("cpu", torch.bfloat16):
+        model.encode(examples)
+    assert seen == [sum(LENGTHS), 128]
 
 
 def test_positions_count_within_an_example() -> None:

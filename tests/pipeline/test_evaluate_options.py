@@ -62,8 +62,11 @@ def test_what_cannot_start_moves_no_results_aside(trained: list[str], electra: E
     electra("run", *trained, task, *FAST, *AFRESH)
     run = Path(trained[0]).parent / "out/runs/options"
     before = sorted(run.glob("evaluate*"))
-    assert "nothing was touched" in electra("run", *trained, task, *FAST, "optimizer.lr=1e-3", *AFRESH, code=78).stderr
-    assert sorted(run.glob("evaluate*")) == before
+    for command, forced in (("run", AFRESH), ("evaluate", ["--force"])):
+        refused = electra(command, *trained, task, *FAST, "optimizer.lr=1e-3", *forced, code=78).stderr
+        assert "nothing was touched" in refused
+        electra(command, *trained, 'evaluate.tasks=["absent"]', *FAST, *forced, code=78)
+        assert sorted(run.glob("evaluate*")) == before
     assert results_of(trained)["score"]["kept"] == "accuracy"
 
 
