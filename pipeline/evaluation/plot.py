@@ -196,6 +196,8 @@ def _draw(axes: Axes, task: str, points: Sequence[ScorePoint]) -> None:
     axes.set_xlabel("pretraining FLOPs (as the ELECTRA paper counts them)", fontsize=9)
     axes.set_xscale("log")
     axes.margins(x=0.17, y=0.16)
+    if len(places := {point.flops for point in points}) == 1:
+        axes.set_xlim(min(places) / 2, max(places) * 2)  # a single place gives an axis no width
     axes.grid(visible=True, color="#dddddd", linewidth=0.6)
     axes.set_axisbelow(True)
     axes.tick_params(labelsize=8)

@@ -1,6 +1,7 @@
 """Scores against FLOPs."""
 
 import json
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -136,3 +137,12 @@ def test_a_run_has_a_panel_for_each_task_with_a_point(tmp_path, drawn):
     assert plot_run([json.loads(write_results(tmp_path, 1, None, run="hub", **scores).read_text())], tmp_path) is None
     assert plot_run([], tmp_path) is None
     assert len(drawn) == 1
+
+
+def test_a_single_point_of_an_unpublished_task_is_drawn_without_a_warning(tmp_path):
+    found = [
+        json.loads(write_results(tmp_path, 1, 156615082311680, rhymes={"accuracy": summarize([0.8, 0.9])}).read_text())
+    ]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert plot_run(found, tmp_path)
