@@ -326,7 +326,9 @@ def _set_debug(debug: bool) -> None:
 def main() -> None:
     """Entry point: runs a command; every foreseeable failure is one message and its exit code."""
     from pipeline.distributed import exit_process
+    from pipeline.log import write_whole
 
+    write_whole()
     try:
         cli(standalone_mode=False)
         exit_process(0)

@@ -1,5 +1,6 @@
 """Log lines on stderr and, for rank 0 of a stage, in a file of the run folder."""
 
+import io
 import logging
 import os
 import sys
@@ -73,3 +74,19 @@ def quiet_libraries() -> None:
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     for name in ("DeepSpeed", "mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def write_whole() -> None:
+    """Gives stdout and stderr a buffer where ``python -u`` took it away; each line is still written at once.
+
+    Without one, what a signal cuts off of a write is lost (a pseudo-terminal of ``srun --unbuffered`` takes
+    2,048 bytes at a time), and ``print`` writes word by word, so that the lines of two ranks mix.
+    """
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if isinstance(getattr(stream, "buffer", None), io.RawIOBase):
+            setattr(sys, name, _with_buffer(stream))
+
+
+def _with_buffer(stream: TextIO) -> TextIO:
+    return open(stream.fileno(), "w", 1, encoding=stream.encoding, errors=stream.errors, closefd=False)
