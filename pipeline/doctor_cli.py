@@ -20,16 +20,18 @@ def doctor(config: Path | None, overrides: tuple[str, ...], as_json: bool, debug
 
     try:
         from pipeline.config_file import load_configs
-        from pipeline.doctor.examine import examine
+        from pipeline.doctor.examine import Report, examine
         from pipeline.log import set_up_logging
     except ImportError as error:
         raise ConfigError(f"doctor cannot begin: {error}; pip install -c constraints.txt -e .") from error
 
     settings = load_configs(config, overrides)[0] if config else None
     set_up_logging(1)  # what is wrong is in the report
-    report, code = examine(settings, debug)
-    if report is not None:
+
+    def show(report: Report) -> None:
         click.echo(json.dumps(report.to_dict(), indent=1) if as_json else "\n".join(report.lines()))
+
+    report, code = examine(settings, show, debug)
     if code:
         failed = ", ".join(dict.fromkeys(report.of_state("failure"))) if report else ""
         raise ConfigError(f"doctor: {failed}" if failed else "")

@@ -168,9 +168,13 @@ def start_electra(forked_program: ForkedProgram, tmp_path_factory: pytest.TempPa
 
 
 def free_port() -> int:
-    """A TCP port that is free now on this host, and below those of which the system gives one to whoever asks."""
+    """A TCP port that is free now on this host, and below those of which the system gives one to whoever asks.
+
+    Workers of one session of pytest have each their own: seconds may pass before the port is taken.
+    """
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 4
     while True:
-        port = random.SystemRandom().randrange(4096, 10000)
+        port = random.SystemRandom().randrange(4096 + 1476 * worker, 4096 + 1476 * (worker + 1))
         with suppress(OSError), socket.socket() as listener:
             listener.bind(("127.0.0.1", port))
             return port

@@ -9,6 +9,7 @@ On a single machine it is the same with one node. No process group is made, and 
 import os
 import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -93,11 +94,12 @@ class Report:
         yield f"{_count(len(self.nodes), 'node')} examined: {counts}"
 
 
-def examine(config: Config | None, debug: bool = False) -> tuple[Report | None, int]:
+def examine(config: Config | None, show: Callable[[Report], None], debug: bool = False) -> tuple[Report | None, int]:
     """Examines this machine, or with the other tasks of a step all its nodes.
 
     Args:
         config: The run that is to be made here, if there is one.
+        show: Called with the report, on rank 0; what srun says of the others' exit codes comes after it.
         debug: Whether an error that nobody foresaw ends it, with its traceback.
 
     Returns:
@@ -112,12 +114,17 @@ def examine(config: Config | None, debug: bool = False) -> tuple[Report | None, 
     process = find_process()
     if process.world_size == 1:
         checks, kernels = examine_node(config, process, environment, nodes, debug)
-        return _of_one_node(checks, kernels)
-    return _examine_all(config, process, environment, nodes, debug)
+        return _of_one_node(checks, kernels, show)
+    return _examine_all(config, show, process, environment, nodes, debug)
 
 
 def _examine_all(
-    config: Config | None, process: Process, environment: Mapping[str, str], nodes: list[str], debug: bool
+    config: Config | None,
+    show: Callable[[Report], None],
+    process: Process,
+    environment: Mapping[str, str],
+    nodes: list[str],
+    debug: bool,
 ) -> tuple[Report | None, int]:
     try:
         from pipeline.meeting import Meeting
@@ -137,17 +144,22 @@ def _examine_all(
             report = Report(list(by_node), compare(by_node), kernels)
             met = ok("processes", f"{process.world_size} on {len(by_node)} nodes: {', '.join(by_node)}")
             report.checks.insert(0, (met, report.nodes))
+            if process.rank == 0:
+                show(report)
+            with suppress(ElectraError):  # all is known
+                meeting.exchange("showing the report", None)
             return (report if process.rank == 0 else None), report.exit_code
     except ElectraError as error:
         if process.rank:
             raise
         if not checks:  # what is known of this node may help to tell why
             checks, kernels = examine_node(config, process, environment, nodes, debug)
-        return _of_one_node([failure("processes", str(error), _OF_ABSENCE), *checks], kernels)
+        return _of_one_node([failure("processes", str(error), _OF_ABSENCE), *checks], kernels, show)
 
 
-def _of_one_node(checks: list[Check], kernels: dict[str, Any]) -> tuple[Report, int]:
+def _of_one_node(checks: list[Check], kernels: dict[str, Any], show: Callable[[Report], None]) -> tuple[Report, int]:
     report = Report([_this_node()], compare({_this_node(): checks}), kernels)
+    show(report)
     return report, report.exit_code
 
 

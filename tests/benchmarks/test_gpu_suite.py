@@ -46,6 +46,7 @@ def report(tiny_run) -> dict[str, Any]:
     return tiny_run[1]
 
 
+@pytest.mark.timeout(1700)  # the suite's own and what it takes to start
 def test_every_section_is_there_and_none_failed(tiny_run):
     done, report = tiny_run
     assert report["errors"] == [] and done.returncode == 0, done.stderr

@@ -34,6 +34,7 @@ def chromium() -> Iterator[Any]:
         reason = f"not installed: {', '.join(missing)} (Debian: apt install chromium chromium-driver; pip: selenium)"
         pytest.fail(reason) if os.environ.get("ELECTRA_REQUIRE_ALL") == "1" else pytest.skip(reason)
     from selenium import webdriver
+    from selenium.common.exceptions import SessionNotCreatedException
     from selenium.webdriver.chrome.service import Service
 
     options = webdriver.ChromeOptions()
@@ -41,7 +42,10 @@ def chromium() -> Iterator[Any]:
     for argument in ("headless=new", "no-sandbox", "disable-dev-shm-usage", "window-size=1500,1200"):
         options.add_argument(f"--{argument}")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options=options, service=Service(shutil.which("chromedriver")))
+    try:
+        driver = webdriver.Chrome(options=options, service=Service(shutil.which("chromedriver")))
+    except SessionNotCreatedException:  # as may be where the machine is busy
+        driver = webdriver.Chrome(options=options, service=Service(shutil.which("chromedriver")))
     yield driver
     driver.quit()
 

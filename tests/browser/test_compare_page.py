@@ -51,9 +51,11 @@ def opened(chromium: Any, page: Path) -> Iterator[Any]:
 
 
 def wait(driver: Any, condition: Callable[[], Any]) -> None:
+    from selenium.common.exceptions import StaleElementReferenceException
     from selenium.webdriver.support.ui import WebDriverWait
 
-    WebDriverWait(driver, PATIENCE_S).until(lambda _: condition())
+    redrawn = [StaleElementReferenceException]
+    WebDriverWait(driver, PATIENCE_S, ignored_exceptions=redrawn).until(lambda _: condition())
 
 
 def lines(driver: Any) -> list[str]:

@@ -131,7 +131,9 @@ def expand_all(driver: Any) -> None:
             if set(stages) <= set(rows(driver)):
                 return True
             driver.execute_script(f'{row}.querySelector("{EXPANDER}").click()')
-            time.sleep(2)  # a second click would fold it again
+            deadline = time.monotonic() + 10
+            while not set(stages) <= set(rows(driver)) and time.monotonic() < deadline:
+                time.sleep(0.2)  # a second click would fold it again
             return set(stages) <= set(rows(driver))
 
         until(driver, unfolded)
@@ -191,14 +193,27 @@ def by_test_id(driver: Any, name: str) -> Any:
 def choose_metric(driver: Any, number: int, name: str) -> None:
     """Chooses a metric in the dialog's list of that number."""
 
+    from selenium.webdriver.common.keys import Keys
+
     def box() -> Any:
         return driver.find_elements("css selector", "[role=dialog] [role=combobox]")[number]
 
-    press(driver, box)
-    until(driver, lambda: driver.switch_to.active_element == box())
-    driver.switch_to.active_element.send_keys(name)
     active = "[class*='select-item-option-active']"
-    until(driver, lambda: name in [option.text for option in driver.find_elements("css selector", active)])
+
+    def offered() -> bool:
+        return name in [option.text for option in driver.find_elements("css selector", active)]
+
+    def typed() -> bool:
+        """A page that is drawn anew meanwhile may lose some of the keys."""
+        press(driver, box)
+        until(driver, lambda: driver.switch_to.active_element == box())
+        driver.switch_to.active_element.send_keys(Keys.CONTROL, "a", Keys.NULL, name)
+        deadline = time.monotonic() + 10
+        while not offered() and time.monotonic() < deadline:
+            time.sleep(0.2)
+        return offered()
+
+    until(driver, typed)
     driver.switch_to.active_element.send_keys("\n")
 
 

@@ -26,7 +26,7 @@ from tests.soak.soak import soak
 
 pytestmark = pytest.mark.distributed
 
-PEER_TIMEOUT_S = 6
+PEER_TIMEOUT_S = 12
 TWO_PROCESSES = ["launch.processes=2", f"launch.peer_timeout_seconds={PEER_TIMEOUT_S}", zero(2)]
 
 

@@ -165,7 +165,7 @@ def test_wrong_product_is_noticed(config: Config, monkeypatch: pytest.MonkeyPatc
 
 def test_those_who_do_not_come_are_named(together) -> None:
     def come(process: Process) -> Meeting | None:
-        return None if process.rank == 2 else Meeting(process, patience_s=5)
+        return None if process.rank == 2 else Meeting(process, patience_s=15)
 
     outcomes = together(4, come)
     assert "1 of 4 processes have not come within 5 s: rank 2;" in str(outcomes[0])

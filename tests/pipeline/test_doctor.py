@@ -947,8 +947,9 @@ def test_node_that_never_comes_is_named_and_the_report_is_still_made(monkeypatch
     monkeypatch.setattr(examine, "JOIN_S", 3.0)
     monkeypatch.setattr(examine, "find_process", lambda *_: Process(0, 0, 2))
     monkeypatch.setattr(examine, "examine_node", lambda *_: ([ok("python", "3.11")], {}))
-    report, code = examine.examine(None)
-    assert report is not None and code == 78
+    shown: list[examine.Report] = []
+    report, code = examine.examine(None, shown.append)
+    assert report is not None and shown == [report] and code == 78
     first, second, last = report.lines()
     assert first.startswith("FAILURE  processes") and "1 of 2 processes have not come within" in first
     assert "python" in second and last == "1 node examined: 1 OK, 0 warnings, 1 failure"

@@ -60,7 +60,7 @@ def test_exit_code_of_a_process_that_is_told_to_stop(
         thread.join()
         started = time.monotonic()
         assert children.run([], dict(os.environ)) == 85  # nothing is started any more
-        assert time.monotonic() - started < 1
+        assert time.monotonic() - started < 10
 
 
 def test_processes_that_wait_for_one_that_was_stopped_are_stopped_too(

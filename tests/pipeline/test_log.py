@@ -30,8 +30,10 @@ def _num_waiting(descriptor: int) -> int:
 def test_nothing_of_a_write_that_a_signal_cuts_is_lost():
     with subprocess.Popen([sys.executable, "-u", "-c", _WRITER], stdout=subprocess.PIPE) as writer:
         assert writer.stdout
-        while _num_waiting(writer.stdout.fileno()) < 65_536 and writer.poll() is None:
-            time.sleep(0.01)
+        waiting = -1
+        while waiting != (waiting := _num_waiting(writer.stdout.fileno())) or not waiting:  # until the pipe is full
+            assert writer.poll() is None
+            time.sleep(0.1)
         writer.send_signal(signal.SIGUSR1)
         time.sleep(0.2)  # for the signal to arrive; if it comes later the test sees nothing, and passes
         assert len(writer.stdout.read()) == _NUM_BYTES

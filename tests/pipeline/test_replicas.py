@@ -21,6 +21,8 @@ def test_every_bit_counts_and_so_does_its_place(dtype: torch.dtype) -> None:
         bits = damaged[1].view(integers)
         bits[1, 2] ^= -(1 << bit) if bit == 8 * weights[0].element_size() - 1 else 1 << bit
         assert digest_of(damaged) != before
+    weights[0][5], weights[0][66_000] = 1.0, 2.0
+    before = digest_of(weights)
     exchanged = [weight.clone() for weight in weights]
     exchanged[0][[5, 66_000]] = weights[0][[66_000, 5]]
     assert digest_of(exchanged) != before

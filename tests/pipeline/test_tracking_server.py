@@ -99,7 +99,7 @@ def test_server_killed_in_the_middle(shared_config: Path, electra: Electra, serv
 def test_slow_server_and_the_next_attempt(shared_config: Path, electra: Electra, server: Server, proxy: Proxy) -> None:
     """Five seconds an answer, and the run is told to stop: it ends without the rest, which the next attempt ships."""
     proxy.delay_s = 5
-    overrides = [f"tracking.uri={proxy.uri}", "train.steps=60"]
+    overrides = [f"tracking.uri={proxy.uri}", "train.steps=120"]
     with Drill(shared_config, "patient", *overrides, fault="slow@seconds=0.3") as drill:
         assert drill.until_step(10)
         assert drill.until(lambda: bool(proxy.answers))

@@ -47,7 +47,7 @@ import time
 from pipeline.snapshot import Snapshot
 take = Snapshot.take
 def slow(self, pieces):
-    time.sleep(3)
+    time.sleep(4)
     take(self, pieces)
 Snapshot.take = slow
 """
@@ -109,7 +109,7 @@ def test_the_second_stage_waits_for_the_copy_before_it_takes_the_generators_weig
 
 
 def check_late_copy(pretrain, result_of, shared_config, name: str, keys: str, stage: int) -> None:
-    """Whether a copy of three seconds, taken beside step 4, holds the state after step 3, and the time is accounted."""
+    """Whether a copy of four seconds, taken beside step 4, holds the state after step 3, and the time is accounted."""
     overrides = (*keys.split(), zero(stage), "train.log_every=1")
     pretrain(f"copied_{name}", *overrides)
     pretrain(f"late_{name}", *overrides, first=SLOW_COPY)
@@ -117,10 +117,10 @@ def check_late_copy(pretrain, result_of, shared_config, name: str, keys: str, st
     assert len(result_of(f"late_{name}")[1]) == 4, "two files at steps 3 and 6"
     out = shared_config.parent / "out"
     before, entry = read_journal(out, f"late_{name}")[2:4]
-    assert entry["step"] == 4 and entry["time/checkpoint_s"] > 1
+    assert entry["step"] == 4 and entry["time/checkpoint_s"] > 0.3
     assert entry["time/overhead_s"] < entry["time/checkpoint_s"], "the wait belongs to one phase"
     apart_s = {key: entry[key] - before[key] for key in ("time/unix_s", "wall_s")}
-    assert apart_s["wall_s"] > 0 and apart_s["time/unix_s"] - apart_s["wall_s"] > 1, "the wait is no part of the step"
+    assert apart_s["wall_s"] > 0 and apart_s["time/unix_s"] - apart_s["wall_s"] > 0.3, "the wait is no part of the step"
     (account,) = (out / f"runs/late_{name}/pretrain/goodput").glob("*.json")
     assert json.loads(account.read_text())["seconds"]["checkpoint"] > 4, "beside step 4, and at the end"
 

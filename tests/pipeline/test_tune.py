@@ -138,7 +138,7 @@ class FakeBench:
 
 def test_the_end_of_memory_ends_the_search_and_the_engine_starts_anew():
     bench: Any = FakeBench()
-    candidates = Race([bench], [*SIZES, 16], 0.5, "cpu").run()
+    candidates = Race([bench], [*SIZES, 16], 5, "cpu").run()
     assert [candidate.rows for candidate in candidates] == [1, 2, 4]
     assert bench.rebuilt == 1
     assert all(len(candidate.micro_batch_s) >= 3 for candidate in candidates)

@@ -17,7 +17,7 @@ from pipeline.distributed import Process
 from pipeline.watch import Beat, Watch, own_store
 from tests.conftest import free_port
 
-TIMEOUT_S = 1.5
+TIMEOUT_S = 4.0
 NEVER_S = 1000.0
 
 

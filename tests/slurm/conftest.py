@@ -85,8 +85,9 @@ def stub_checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def limited_job(cluster: Cluster, stub_checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> int:
-    """A job whose time limit is near from its start. Ask for it early: Slurm takes half a minute to notice."""
-    folder, flags = tmp_path_factory.mktemp("limited"), [*ONE_RANK, "--time=5"]  # the header: a signal 300 s before
+    """A job whose time limit is near. Ask for it early: Slurm looks every half a minute, and signals up to that much
+    earlier than the 300 s before the limit that the header asks for; of five minutes, that may be before any trap."""
+    folder, flags = tmp_path_factory.mktemp("limited"), [*ONE_RANK, "--time=6"]
     return cluster.submit(stub_checkout / "slurm/pretrain_small.sh", "stub.hold=true", flags=flags, cwd=folder)
 
 

@@ -75,7 +75,7 @@ SlurmdParameters=config_overrides
 JobAcctGatherType=jobacct_gather/none
 AccountingStorageType=accounting_storage/none
 JobRequeue=1
-KillWait=5
+KillWait=15
 MinJobAge=3600
 ReturnToService=2
 GresTypes=gpu
@@ -193,7 +193,7 @@ class Cluster:
             done = subprocess.run(command, env=self.env, capture_output=True, text=True)
             return done.returncode == 0 and answer in done.stdout
 
-        wait_until(ready, 40, self._report)
+        wait_until(ready, 120, self._report)
 
     def _program(self, name: str) -> str:
         return shutil.which(name, path=SEARCH_PATH) or name
@@ -283,7 +283,7 @@ class Cluster:
         record = self.command("scontrol", "show", "job", str(job))
         return dict(re.findall(r"(?m)^ *(StdOut)=(.*)$", record) + re.findall(r"(\w+)=(\S*)", record)), record
 
-    def wait(self, job: int, timeout_s: float = 120) -> Job:
+    def wait(self, job: int, timeout_s: float = 300) -> Job:
         """Waits for the end of a job. A job that does not end in time is cancelled and its log shown."""
         deadline = time.monotonic() + timeout_s
         while True:
@@ -296,7 +296,7 @@ class Cluster:
                 raise AssertionError(f"job {job} did not end in {timeout_s:.0f} s\n{record}\n{read_log(record)}")
             time.sleep(0.2)
 
-    def run(self, script: Path | str, *arguments: str, timeout_s: float = 120, **options: object) -> Job:
+    def run(self, script: Path | str, *arguments: str, timeout_s: float = 300, **options: object) -> Job:
         """submit and wait."""
         return self.wait(self.submit(script, *arguments, **options), timeout_s)
 

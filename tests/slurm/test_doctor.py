@@ -84,6 +84,7 @@ def test_folder_of_its_own_is_named_with_its_node(cluster: Cluster, tmp_path: Pa
     assert of_state(job.log, "ok")["processes"] == "4 on 2 nodes: n1, n2 (2 nodes)"
     assert "what n1 writes there is not seen from this node; set run.dir to storage that all nodes mount" in job.log
     assert "electra: doctor: shared folder" in job.log and "Traceback" not in job.log
+    assert job.log.index("nodes examined:") < job.log.index("srun: error:"), "the others end after the report"
 
 
 def test_other_version_and_gpus_without_torch_are_named(cluster: Cluster, tmp_path: Path):

@@ -58,7 +58,7 @@ def test_two_nodes_share_a_matrix(
 
     wait_until(
         lambda: len(states := re.findall(r"JobState=(\S+)", record())) == 2 and set(states) <= set(FINISHED),
-        timeout_s=200,
+        timeout_s=400,
         report=lambda: record() + "\n".join(logs()),
     )
     assert re.findall(r"JobState=(\S+)", record()) == ["COMPLETED"] * 2, "\n".join(logs())

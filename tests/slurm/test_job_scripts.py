@@ -127,7 +127,7 @@ def test_refuses_before_any_step(script, arguments, exit_code, message, cluster,
     job = cluster.run(stub_checkout / "slurm" / script, *arguments, flags=ONE_RANK, cwd=tmp_path)
     assert (job.state, job.exit_code) == ("FAILED", exit_code)
     assert [line for line in job.log.splitlines() if message in line] == job.log.splitlines()[-1:]
-    assert job.run_time_s <= 30
+    assert job.run_time_s <= 90
     assert not list(tmp_path.glob("*rank*"))
 
 
@@ -147,7 +147,7 @@ def test_exit_codes_come_through_without_a_requeue(cluster: Cluster, stub_checko
 
 def test_two_nodes_stop_at_the_signal_and_go_on_after_a_requeue(cluster: Cluster, stub_checkout: Path, tmp_path: Path):
     job = submit_stub(cluster, stub_checkout, tmp_path, "stub.hold=true", flags=TWO_NODES)
-    wait_until(lambda: len(list(tmp_path.glob("pretrain-attempt0-rank?.json"))) == 2, 30)
+    wait_until(lambda: len(list(tmp_path.glob("pretrain-attempt0-rank?.json"))) == 2, 90)
     cluster.command("scancel", "--batch", "--signal=USR2", str(job))  # what --signal=B:USR2@300 makes Slurm send
     ended = cluster.wait(job)
     assert (ended.state, ended.exit_code, ended.restarts) == ("COMPLETED", 0, 1), ended.log
@@ -165,12 +165,12 @@ def test_requeues_are_bounded(cluster: Cluster, stub_checkout: Path, tmp_path: P
 
 def test_scancel_lets_the_step_save_and_does_not_requeue(cluster: Cluster, stub_checkout: Path, tmp_path: Path):
     job = submit_stub(cluster, stub_checkout, tmp_path, "stub.hold=true", flags=TWO_NODES)
-    wait_until(lambda: len(list(tmp_path.glob("pretrain-attempt0-rank?.json"))) == 2, 30)
+    wait_until(lambda: len(list(tmp_path.glob("pretrain-attempt0-rank?.json"))) == 2, 90)
     cluster.command("scancel", str(job))
     ended = cluster.wait(job)
     assert (ended.state, ended.restarts) == ("CANCELLED", 0)
     log = tmp_path / f"electra-small-{job}.out"
-    wait_until(lambda: "pretrain ended with exit code" in log.read_text(), 10)
+    wait_until(lambda: "pretrain ended with exit code" in log.read_text(), 60)
     assert "stub stopped by SIGTERM" in log.read_text()
 
 
@@ -208,7 +208,7 @@ def test_each_node_stages_shards_once_before_the_ranks_start(fails, cluster, stu
 
 def test_stop_signal_while_staging_requeues(cluster: Cluster, stub_checkout: Path, tmp_path: Path):
     job = submit_stub(cluster, stub_checkout, tmp_path, "stub.hold=true", env={"ELECTRA_STAGE_DIR": "/local"})
-    wait_until(lambda: (tmp_path / "shards-attempt0-rank0.json").exists(), 30)
+    wait_until(lambda: (tmp_path / "shards-attempt0-rank0.json").exists(), 90)
     cluster.command("scancel", "--batch", "--signal=USR2", str(job))
     ended = cluster.wait(job)
     assert (ended.state, ended.exit_code, ended.restarts) == ("COMPLETED", 0, 1), ended.log

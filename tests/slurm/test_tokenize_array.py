@@ -39,7 +39,7 @@ def test_an_array_of_two_nodes_writes_what_one_process_writes(
 
     wait_until(
         lambda: len(states := re.findall(r"JobState=(\S+)", record())) == 2 and set(states) <= set(FINISHED),
-        timeout_s=150,
+        timeout_s=300,
         report=lambda: record() + logs(),
     )
     assert re.findall(r"JobState=(\S+)", record()) == ["COMPLETED"] * 2, logs()
