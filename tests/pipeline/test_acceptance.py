@@ -168,7 +168,7 @@ def test_those_who_do_not_come_are_named(together) -> None:
         return None if process.rank == 2 else Meeting(process, patience_s=15)
 
     outcomes = together(4, come)
-    assert "1 of 4 processes have not come within 5 s: rank 2;" in str(outcomes[0])
+    assert "1 of 4 processes have not come within 15 s: rank 2;" in str(outcomes[0])
     assert all(isinstance(outcomes[rank], ElectraError) and not str(outcomes[rank]) for rank in (1, 3))
 
 
