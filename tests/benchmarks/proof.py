@@ -82,14 +82,15 @@ def told_apart(one: Setting, other: Setting, task: str) -> bool:
 
 
 def tables(runs: Sequence[Run]) -> str:
-    """All tables, as Markdown."""
+    """All tables, as Markdown; those of tasks when there are scores."""
     settings = settings_of(runs)
-    parts = [
-        f"The runs:\n\n{_about(runs)}",
-        f"At their ends, on text held out:\n\n{_held_out(runs)}",
+    parts = [f"The runs:\n\n{_about(runs)}", f"At their ends, on text held out:\n\n{_held_out(runs)}"]
+    if not _tasks(runs):
+        return "\n\n".join(parts) + "\n"
+    parts.append(
         "Fine-tuned, per cent: the median over seeds of each pretraining ± the deviation of one fine-tuning\n"
-        f"(seeds of each: {_numbers_of_seeds(runs)}):\n\n{_scores(settings)}",
-    ]
+        f"(seeds of each: {_numbers_of_seeds(runs)}):\n\n{_scores(settings)}"
+    )
     if len(settings) > 1:
         parts.append(
             f"Against {settings[0].name}: difference of the means of these medians; in bold where no pretraining of\n"
