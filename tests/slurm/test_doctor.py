@@ -34,7 +34,7 @@ export PYTHONPATH={repository} RANK=0 WORLD_SIZE=1
 srun --unbuffered {python} doctor "$@"
 """
 WRAPPER = """\
-#!/bin/bash
+#!/bin/bash -e
 if [ "$SLURMD_NODENAME" = n2 ]; then {odd}; fi
 exec {python} -m pipeline "$@"
 """
@@ -75,9 +75,12 @@ def test_two_nodes_make_one_report(cluster: Cluster, tmp_path: Path):
 
 def test_folder_of_its_own_is_named_with_its_node(cluster: Cluster, tmp_path: Path):
     """With two tasks on each node, of which the first examines it."""
-    odd = "mkdir -p other && cp tiny.yaml corpus.txt other && cd other"
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "tiny.yaml").write_text(CONFIG)
+    (other / "corpus.txt").write_text("some text\n")
     flags = ("--nodes=2", "--ntasks-per-node=2", *NO_GPUS[2:])
-    job = run_doctor(cluster, tmp_path, "tiny.yaml", odd=odd, flags=flags)
+    job = run_doctor(cluster, tmp_path, "tiny.yaml", odd=f"cd {other}", flags=flags)
     assert (job.state, job.exit_code) == ("FAILED", 78), job.log
     assert list(of_state(job.log, "failure")) == ["shared folder"], job.log
     assert "n2: " in of_state(job.log, "failure")["shared folder"]
