@@ -29,6 +29,7 @@ from pipeline.stages import (
     STAGES,
     StageRecord,
     State,
+    changed_since,
     differences,
     end_record,
     move_aside,
@@ -113,6 +114,10 @@ def _decide_tokenize(config: Config, keep_digests: bool) -> Decision:
 
 
 def _decide_pretrain(config: Config, upstream: StageRecord) -> Decision:
+    if changed := changed_since(upstream, config):
+        if _has_checkpoints(config):
+            raise refuse_changed_science(config, changed, "tokenize")
+        return Decision("pretrain", "wait", f"after tokenize, as these changed: {'; '.join(changed)}", {})
     inputs = {
         "science": science_of(config, "pretrain"),
         "tokenizer": upstream.output["tokenizer_sha256"],
@@ -156,11 +161,9 @@ def _decide_evaluate(config: Config, upstream: StageRecord | None, forced: bool)
     if upstream is None:
         _refuse_other_settings(config)
     else:
-        pretrained, wanted = upstream.inputs["science"], science_of(config, "pretrain")
-        foreign = differences({"science": pretrained}, {"science": wanted})
-        if foreign:
+        if foreign := changed_since(upstream, config):
             raise refuse_changed_science(config, foreign, "pretrain")
-        inputs |= {"pretrain": wanted, "checkpoint": upstream.output["checkpoint_sha256"]}
+        inputs |= {"pretrain": upstream.inputs["science"], "checkpoint": upstream.output["checkpoint_sha256"]}
     inputs["tasks"] = {task.name: task.digest() for task in load_tasks(config)}
     record = read_record(config, "evaluate")
     if record is None:
@@ -180,10 +183,7 @@ def _decide_evaluate(config: Config, upstream: StageRecord | None, forced: bool)
 def _refuse_other_settings(config: Config) -> None:
     """A folder needs no model of the run, but the command rewrites config.yaml, and the run's checkpoints need that."""
     record = read_record(config, "pretrain")
-    if record is None:
-        return
-    foreign = differences({"science": record.inputs["science"]}, {"science": science_of(config, "pretrain")})
-    if foreign:
+    if record and (foreign := changed_since(record, config)):
         raise ConfigError(
             f"run {config.run.name!r} has been trained, and these keys changed under it:\n  "
             + "\n  ".join(foreign)

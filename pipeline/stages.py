@@ -183,6 +183,11 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     ]
 
 
+def changed_since(record: StageRecord, config: Config) -> list[str]:
+    """Lines ``key: old -> new`` for the science keys that changed since a stage was run."""
+    return differences({"science": record.inputs["science"]}, {"science": science_of(config, record.stage)})
+
+
 def refuse_changed_science(config: Config, changed: list[str], force_stage: str) -> ConfigError:
     """The error for science keys that changed under a name that already has results, with the ways on."""
     name = config.run.name

@@ -73,6 +73,20 @@ def test_changed_science_is_refused_with_the_ways_on(done: Path, electra: Electr
     assert "up to date" in electra("run", done, "run.name=chain", *STEPS).stderr
 
 
+def test_pretrain_alone_sees_what_changed_for_tokenize(done: Path, electra: Electra) -> None:
+    """Before its first checkpoint it waits for tokenize; after it, it refuses as `run` does. config.yaml stays."""
+    electra("tokenize", done, "run.name=alone", *STEPS)
+    config = done.parent / "out/runs/alone/config.yaml"
+    before = config.read_text()
+    alone = ["run.name=alone", *STEPS, "tokenizer.vocab_size=200"]
+    refused = electra("pretrain", done, *alone, code=78).stderr
+    assert "pretrain cannot start: after tokenize, as these changed: tokenizer.vocab_size: 300 -> 200" in refused
+    electra("pretrain", done, *alone[:-1])
+    refused = electra("pretrain", done, *alone, code=78).stderr
+    assert "tokenizer.vocab_size: 300 -> 200" in refused and "--force tokenize" in refused
+    assert config.read_text() == before
+
+
 def test_changed_text_is_refused(config_path: Path, corpus_path: Path, electra: Electra, tmp_path: Path) -> None:
     text = tmp_path / "own.txt"
     text.write_bytes(corpus_path.read_bytes())
