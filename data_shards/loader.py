@@ -145,14 +145,23 @@ def _two_level(stream: TokenStream, window_bytes: float) -> RowOrder:
     return RowOrder(stream.num_rows, block_rows, max(1, round(window_bytes / (block_rows * stream.row_bytes))))
 
 
-def held_out_rows(folders: list[Path], sequence_length: int, max_rows: int, seed: int) -> KeyedRows | None:
-    """The first held-out rows of each corpus in equal number, always the same; None when there are none."""
+def held_out_rows(
+    folders: list[Path], weights: list[float], sequence_length: int, max_rows: int, seed: int
+) -> KeyedRows | None:
+    """Held-out rows, always the same: of each corpus its share by weight, at least one, at even distances.
+
+    The beginning would not do: what is held out stands in the order of the corpus's files.
+
+    Returns:
+        About ``max_rows``, fewer where there are no more; None when there are none.
+    """
     if max_rows == 0:
         return None
     batches, keys = [], []
-    for number, folder in enumerate(folders):
+    for number, (folder, weight) in enumerate(zip(folders, weights, strict=True)):
         stream = TokenStream(folder, sequence_length, seed, split="held_out")
-        rows = np.arange(min(stream.num_rows, max(1, max_rows // len(folders))))
+        count = min(stream.num_rows, max(1, round(max_rows * weight / sum(weights))))
+        rows = np.arange(count) * stream.num_rows // max(1, count)
         zeros = np.zeros_like(rows)
         batches.append(stream.windows(zeros, rows).astype(np.int32))
         keys.append(row_keys(seed, zeros + number, zeros, rows))

@@ -23,7 +23,7 @@ _SEED = 20200323  # fixed: every run is scored on the same rows and masks
 
 
 class HeldOut:
-    """The first ``train.held_out_rows`` held-out rows, with fixed masks."""
+    """``train.held_out_rows`` held-out rows, with fixed masks."""
 
     def __init__(
         self, config: Config, plan: Plan, engine: Engine, folders: list[Path], weights: list[float], process: Process,
@@ -31,7 +31,9 @@ class HeldOut:
     ):  # fmt: skip
         self._config, self._plan, self._engine, self._folders, self._weights = config, plan, engine, folders, weights
         self._process, self._control, self._device = process, control, device
-        self._keyed = held_out_rows(folders, config.data.sequence_length, config.train.held_out_rows, _SEED)
+        self._keyed = held_out_rows(
+            folders, weights, config.data.sequence_length, config.train.held_out_rows, _SEED
+        )
         self._unigram_entropy: float | None = None
 
     def score(self, trains: Trains = "both", mark: Callable[[], None] = lambda: None) -> dict[str, float]:

@@ -126,24 +126,27 @@ def test_a_shard_cut_short_is_found_when_it_is_opened(write_folder):
         TokenStream(folder, LENGTH, seed=1)
 
 
-def test_held_out_rows_are_the_same_each_time_in_equal_number_a_corpus(write_folder):
+def test_held_out_rows_are_the_same_each_time_by_weight_and_from_all_that_is_held_out(write_folder):
     folders = [
-        write_folder("a", [numbered(500)], [numbered(500, 1000)]),
+        write_folder("a", [numbered(500)], [numbered(500, 1000), numbered(500, 2000)]),
         write_folder("b", [numbered(500)], [numbered(90, 5000)]),
         write_folder("c", [numbered(500)]),
     ]
-    keyed = held_out_rows(folders, LENGTH, 24, seed=1)
+    weights = [1.0, 0.9, 0.1]
+    keyed = held_out_rows(folders, weights, LENGTH, 24, seed=1)
     second = keyed.rows.token_ids[:, 1]
-    assert ((second >= 1000) & (second < 5000)).sum() == 8
-    assert (second >= 5000).sum() == 4  # all that b has
-    assert len(second) == 12
-    again = held_out_rows(folders, LENGTH, 24, seed=1)
+    of_a = second[second < 5000]
+    assert len(of_a) == 12  # half of the weights
+    assert ((of_a - of_a.min())[:6] // 80).tolist() == [0, 1, 2, 3, 4, 5], "not the beginning of what is held out"
+    assert ((of_a >= 2000).sum(), (second >= 5000).sum()) == (6, 4)  # of b all there is
+    assert len(second) == 16
+    again = held_out_rows(folders, weights, LENGTH, 24, seed=1)
     assert np.array_equal(arrays(again), arrays(keyed))
-    assert len(np.unique(keyed.keys)) == 12
+    assert len(np.unique(keyed.keys)) == 16
 
 
 def test_no_held_out_text_gives_no_held_out_rows(write_folder):
-    assert held_out_rows([write_folder("c", [numbered(500)])], LENGTH, 24, seed=1) is None
+    assert held_out_rows([write_folder("c", [numbered(500)])], [1.0], LENGTH, 24, seed=1) is None
 
 
 def test_real_shards_give_rows_with_all_their_pieces(folder):

@@ -121,7 +121,7 @@ def test_loaders_say_that_there_is_padding_and_refuse_another_length(build, tmp_
     assert keyed.has_padding
     assert (keyed.rows.token_ids[:, 0] == keyed.special.cls).all()
     assert (keyed.rows.token_ids == keyed.special.pad).any()
-    held_out = held_out_rows([folder], LENGTH, 8, seed=1)
+    held_out = held_out_rows([folder], [1.0], LENGTH, 8, seed=1)
     assert held_out
     assert held_out.has_padding
     with pytest.raises(DataSettingError, match=r"its rows have 32 tokens \(layout paper\), not 64; set data"):

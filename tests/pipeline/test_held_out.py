@@ -103,7 +103,7 @@ def test_without_held_out_rows_nothing_is_scored(
     config_path: Path, tmp_path: Path, held_out: np.ndarray | None, rows: int
 ) -> None:
     folder = write_folder(tmp_path / "text", padded_rows(4), held_out)
-    assert held_out_rows([folder], LENGTH, rows, seed=1) is None
+    assert held_out_rows([folder], [1.0], LENGTH, rows, seed=1) is None
     assert score(config_path, None, folder, held_out_rows=rows) == {}
 
 
