@@ -23,6 +23,9 @@ def test_settings_are_told_apart_by_pretrainings_and_by_fine_tunings() -> None:
     assert proof.told_apart(low, high, "cola") and proof.told_apart(high, low, "cola")
     low, among = settings(("low_1", [0.5]), ("low_2", [0.7]), ("high_1", [0.69]))
     assert not proof.told_apart(low, among, "cola") and not proof.told_apart(among, low, "cola")
+    one, two = settings(("one_1", [0.5]), ("two_1", [0.9, 0.9]))
+    for pair in ((one, two), (two, one)):
+        assert not proof.told_apart(*pair, "cola"), "of a single fine-tuning nobody knows how far it deviates"
     low, noisy = settings(("low_1", [0.5, 0.5]), ("high_1", [0.45, 0.6]))  # 52.5 ± 10.6
     assert not proof.told_apart(low, noisy, "cola") and not proof.told_apart(noisy, low, "cola")
 
@@ -31,7 +34,7 @@ def test_tables_and_files(config_path: Path, tmp_path: Path, monkeypatch: pytest
     folders = []
     for name, scores in (("electra_1", [0.5, 0.6]), ("mlm_1", [0.7, 0.72])):
         journal = [entry(step, 1 / step, **{"train/generator_mlm_loss": 1 / step}) for step in range(1, 41)]
-        journal[-1]["held_out/mask_token_loss"] = 3.25
+        journal[-1]["held_out/mask_token_loss"], journal[17]["held_out/mask_token_loss"] = 3.25, 4.25
         folder = write_run(config_path, name, journal)
         (folder / "evaluate/step_10").mkdir(parents=True)
         for file in ("results.json", "step_10/results.json"):
@@ -46,9 +49,10 @@ def test_tables_and_files(config_path: Path, tmp_path: Path, monkeypatch: pytest
     assert "(seeds of each: 2)" in text
     assert "| cola | accuracy | **+16.0** |" in text
     journal = list(csv.DictReader((tmp_path / "tables/tiny_journal.csv").open()))
-    assert [line["step"] for line in journal] == [str(step) for step in range(4, 41, 4)] * 2
+    assert [line["step"] for line in journal] == [*map(str, (4, 8, 12, 16, 18, *range(20, 41, 4)))] * 2
     assert journal[0]["train/generator_mlm_loss"] == "0.25"
-    assert journal[0]["held_out/mask_token_loss"] == ""
+    scored = {line["step"]: line["held_out/mask_token_loss"] for line in journal}
+    assert [step for step, value in scored.items() if value] == ["18", "40"], "nothing between what was measured"
     scores = list(csv.DictReader((tmp_path / "tables/tiny_scores.csv").open()))
     assert [(line["run"], line["seed"], line["per_cent"]) for line in scores] == [
         ("electra_1", "1", "50.000"), ("electra_1", "2", "60.000"), ("mlm_1", "1", "70.000"), ("mlm_1", "2", "72.000"),
@@ -58,5 +62,26 @@ def test_tables_and_files(config_path: Path, tmp_path: Path, monkeypatch: pytest
 def test_a_run_that_has_just_begun_has_rows_without_values(config_path: Path) -> None:
     runs = [read_folder(write_run(config_path, name, [])) for name in ("a", "b_2")]
     tables = proof.tables(runs)
-    assert "| a | – |" in tables and "Fine-tuned" not in tables
+    assert "| a | – | – | – |" in tables and "Fine-tuned" not in tables
     assert len(list(proof.journal_rows(runs))) == 1
+
+
+def test_against_several_settings_and_one_that_is_none() -> None:
+    runs = [
+        scored(name, {"cola": values}) for name, values in (("a", [0.5, 0.5]), ("b", [0.6, 0.6]), ("c", [0.8, 0.8]))
+    ]
+    tables = proof.tables(runs, ["c", "a"])
+    assert (
+        "Against c:\n\n| task | metric | a | b |\n|---|---|---|---|\n| cola | accuracy | **-30.0** | **-20.0** |"
+        in tables
+    )
+    assert "Against a:\n\n| task | metric | b | c |" in tables and "Against b" not in tables
+    with pytest.raises(SystemExit, match="--against d: no such setting; there are a, b, c"):
+        proof.tables(runs, ["d"])
+
+
+def test_a_number_at_the_end_of_a_name_is_not_enough_for_one_setting() -> None:
+    runs = [scored(name, {"cola": [0.5]}) for name in ("large_400", "large_1750")]
+    runs[1].settings["train.steps"] = "1750"
+    with pytest.raises(SystemExit, match=r"large_1750: not a second large_400, its train.steps is another; rename it"):
+        proof.settings_of(runs)
