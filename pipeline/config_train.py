@@ -62,7 +62,9 @@ class TrainConfig(Section):
     keep_every: int | None = Field(None, ge=1, description="Checkpoints of steps that this divides are kept for ever.")
     keep_best: bool = Field(False, description="Keep the one with the lowest held-out loss; needs held_out_every.")
     log_every: int = Field(100, ge=1, description="Steps between lines of the journal; metrics are means over them.")
-    held_out_rows: int = Field(512, ge=0, description="Held-out rows scored at the end and in between, from all of what is held out; 0: none.")
+    held_out_rows: int = Field(
+        512, ge=0, description="Held-out rows scored at the end and in between, from all of what is held out; 0: none."
+    )
     held_out_every: int | None = Field(
         None, ge=1, description="Steps between scores of the held-out rows, a multiple of log_every; null: at the end."
     )

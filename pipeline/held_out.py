@@ -19,7 +19,8 @@ from pipeline.engine import Engine
 from pipeline.plan import Plan
 from pipeline.unigram import unigram_entropy
 
-_SEED = 20200323  # fixed: every run is scored on the same rows and masks
+SEED = 20200323
+"""Fixed: every run is scored on the same rows and masks."""
 
 
 class HeldOut:
@@ -31,9 +32,7 @@ class HeldOut:
     ):  # fmt: skip
         self._config, self._plan, self._engine, self._folders, self._weights = config, plan, engine, folders, weights
         self._process, self._control, self._device = process, control, device
-        self._keyed = held_out_rows(
-            folders, weights, config.data.sequence_length, config.train.held_out_rows, _SEED
-        )
+        self._keyed = held_out_rows(folders, weights, config.data.sequence_length, config.train.held_out_rows, SEED)
         self._unigram_entropy: float | None = None
 
     def score(self, trains: Trains = "both", mark: Callable[[], None] = lambda: None) -> dict[str, float]:
@@ -86,7 +85,7 @@ class HeldOut:
             rows, keys = _slice(keyed.rows, first, first + micro), keyed.keys[first : first + micro]
             part = replace(keyed, rows=rows, keys=keys)
             vocab_size = self._plan.vocab_size
-            yield to_micro_batch(part, self._config, vocab_size, self._device, _SEED + number, weight)
+            yield to_micro_batch(part, self._config, vocab_size, self._device, SEED + number, weight)
 
     def _scored(self, batch: MicroBatch) -> torch.Tensor:
         """Tokens that the discriminator is trained on, bool ``(B, T)``."""

@@ -29,10 +29,9 @@ from pipeline.batches import to_micro_batch
 from pipeline.checkpoint import WEIGHTS
 from pipeline.config import Config
 from pipeline.export import find_source
-from pipeline.held_out import auc_with_standard_error
+from pipeline.held_out import SEED, auc_with_standard_error
 from pipeline.unigram import token_shares
 
-_SEED = 1
 _ROWS_AT_ONCE = 64
 _HEADINGS = ("loss on [MASK], nats", "AUC on its own generator's", "of the selected")
 
@@ -86,7 +85,7 @@ def load(folder: Path) -> Trained:
 
 def micro_batches(shards: Path, config: Config, vocab_size: int, length: int, max_rows: int) -> list[MicroBatch]:
     """Held-out rows of a folder, masked as ``config`` says."""
-    keyed = held_out_rows([shards], [1.0], length, max_rows, _SEED)
+    keyed = held_out_rows([shards], [1.0], length, max_rows, SEED)
     if keyed is None:
         raise SystemExit(f"{shards}: nothing is held out; name another folder")
     config = config.model_copy(update={"data": config.data.model_copy(update={"sequence_length": length})})
@@ -95,7 +94,7 @@ def micro_batches(shards: Path, config: Config, vocab_size: int, length: int, ma
     for first in range(0, len(keyed.keys), _ROWS_AT_ONCE):
         part = slice(first, first + _ROWS_AT_ONCE)
         some = replace(keyed, rows=Rows(*(array[part] for array in arrays)), keys=keyed.keys[part])
-        batches.append(to_micro_batch(some, config, vocab_size, "cpu", _SEED + first, 1.0))
+        batches.append(to_micro_batch(some, config, vocab_size, "cpu", SEED + first, 1.0))
     return batches
 
 
