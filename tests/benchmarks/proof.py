@@ -227,12 +227,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN")
     parser.add_argument("--against", nargs="+", default=[], metavar="SETTING")
+    parser.add_argument("--note", default="", help="for the reader, at the top")
     parser.add_argument("--out", type=Path, required=True, help="beginning of the files' names")
     given = parser.parse_args()
     runs = [read_folder(folder) for folder in given.runs]
     given.out.parent.mkdir(parents=True, exist_ok=True)
-    command = " ".join(["python tests/benchmarks/proof.py", *sys.argv[1:]])
-    text = f"Written by `{command}`; README.md says on what machine.\n\n{tables(runs, given.against)}"
+    head = " ".join(["Written by tests/benchmarks/proof.py; README.md has the command and the machine.", given.note])
+    text = f"{head.strip()}\n\n{tables(runs, given.against)}"
     given.out.with_name(f"{given.out.name}.md").write_text(text, encoding="utf-8")
     for name, rows in (("journal", journal_rows(runs)), ("scores", score_rows(runs))):
         with open(given.out.with_name(f"{given.out.name}_{name}.csv"), "w", newline="", encoding="utf-8") as file:
