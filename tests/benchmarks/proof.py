@@ -16,7 +16,6 @@ import csv
 import math
 import re
 import statistics
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
