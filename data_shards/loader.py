@@ -150,10 +150,10 @@ def held_out_rows(
 ) -> KeyedRows | None:
     """Held-out rows, always the same: of each corpus its share by weight, at least one, at even distances.
 
-    The beginning would not do: what is held out stands in the order of the corpus's files.
+    The first ones would not do: what is held out stands in the order of the corpus's files.
 
     Returns:
-        About ``max_rows``, fewer where there are no more; None when there are none.
+        About ``max_rows``, fewer where a corpus has not its share; None when there are none.
     """
     if max_rows == 0:
         return None

@@ -184,7 +184,7 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 
 def changed_since(record: StageRecord, config: Config) -> list[str]:
-    """Lines ``key: old -> new`` for the science keys that changed since a stage was run."""
+    """Lines ``key: old -> new`` for the science keys that changed since a stage was run; files are not compared."""
     return differences({"science": record.inputs["science"]}, {"science": science_of(config, record.stage)})
 
 
@@ -195,7 +195,8 @@ def refuse_changed_science(config: Config, changed: list[str], force_stage: str)
         f"run {name!r} already has results, and these keys changed under it:\n  "
         + "\n  ".join(changed)
         + f"\nnothing was touched. Three ways on: run.name=NEW for a new run; run.name=NEW run.fork_from={name}@STEP "
-        f"for a new run that starts from a checkpoint; --force {force_stage} to move the old outputs aside"
+        "for a new run that starts from a checkpoint; "
+        f"`electra run … --force {force_stage}` to move the old outputs aside"
     )
 
 

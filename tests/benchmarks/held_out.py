@@ -6,8 +6,9 @@ A run's own held-out scores are of its own rows, and its discriminator's AUC of 
 which is harder to tell the better that generator is. Here each discriminator also reads what the generators of
 ``--generators`` write. RUN is a run's folder, FOLDER one of shards made with the same tokenizer.
 
-An AUC is over all tokens, as the paper's objective; its own generator's also over the selected ones alone, which is all
-that ELECTRA 15 % learns. A run's loss here is the one in its journal if rows and their number are.
+All rows are masked as the first run masks, and all networks compute in fp32. An AUC is over all tokens, as the paper's
+objective; its own generator's also over the selected ones alone, which is all that ELECTRA 15 % learns. Standard errors
+take tokens as independent; those of a row are not quite.
 """
 
 import argparse
@@ -43,12 +44,8 @@ class Trained:
 
     name: str
     config: Config
+    tokenizer_sha256: str
     model: Electra
-
-    @property
-    def generates(self) -> bool:
-        """Whether it has a generator that was trained."""
-        return self.model.generator_head is not None
 
 
 class Detected:
@@ -81,7 +78,7 @@ def load(folder: Path) -> Trained:
     read = source.checkpoint.tensors(WEIGHTS)
     model = Electra(source.config.model, source.config.objective, source.tokenizer.vocab_size, select_kernels("torch"))
     model.load_state_dict({name: read(name) for name in source.checkpoint.shapes(WEIGHTS)})
-    return Trained(folder.name, source.config, model.eval())
+    return Trained(folder.name, source.config, source.tokenizer.digest, model.eval())
 
 
 def micro_batches(shards: Path, config: Config, vocab_size: int, length: int, max_rows: int) -> list[MicroBatch]:
@@ -100,11 +97,15 @@ def micro_batches(shards: Path, config: Config, vocab_size: int, length: int, ma
 
 
 def unigram_loss(shards: Path, vocab_size: int, batches: Iterable[MicroBatch]) -> float:
-    """Loss in nats at the selected positions of guessing by the training tokens' frequencies; rare ones a millionth."""
+    """Loss in nats, where originals are hidden, of guessing by the training tokens' frequencies, at least 1e-6."""
     shares = token_shares([shards], [1.0], vocab_size, list(read_manifest(shards).special.all))
     nll_V = torch.from_numpy(-np.log(np.maximum(shares, 1e-6)))
-    masked = [batch.token_ids_BT.gather(1, batch.masking.positions_BM).flatten() for batch in batches]
-    return float(nll_V[torch.cat(masked)].mean())
+    hidden = []
+    for masking, token_ids_BT in ((batch.masking, batch.token_ids_BT) for batch in batches):
+        original_BM = token_ids_BT.gather(1, masking.positions_BM)
+        is_hidden_BM = masking.generator_ids_BT.gather(1, masking.positions_BM) != original_BM
+        hidden.append(original_BM[is_hidden_BM & (masking.weights_BM > 0)])
+    return float(nll_V[torch.cat(hidden)].mean())
 
 
 @torch.no_grad()
@@ -132,6 +133,16 @@ def corrupt(run: Trained, batches: Iterable[MicroBatch]) -> list[Corrupted]:
     return [run.model.corrupt(run.model.generate(batch), batch) for batch in batches]
 
 
+def _refuse_senseless(runs: list[Trained], generators: list[Trained], shards: Path) -> None:
+    wanted = read_manifest(shards).tokenizer_sha256
+    for run in (*runs, *generators):
+        if run.tokenizer_sha256 != wanted:
+            raise SystemExit(f"{run.name}: trained with another tokenizer than {shards} was written with; leave it out")
+    for run in generators:
+        if run.model.generator_head is None:
+            raise SystemExit(f"--generators {run.name}: it trained none; leave it out")
+
+
 def main() -> None:
     """Writes the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -144,6 +155,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     runs, generators = ([load(folder) for folder in folders] for folders in (arguments.runs, arguments.generators))
+    _refuse_senseless(runs, generators, arguments.shards)
     vocab_size = runs[0].model.embeddings.token_table().shape[0]
     batches = micro_batches(arguments.shards, runs[0].config, vocab_size, arguments.sequence_length, arguments.rows)
     corruptions = [corrupt(run, batches) for run in generators]

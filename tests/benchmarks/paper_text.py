@@ -1,10 +1,11 @@
 """The text that rows of the paper's example builder keep, as plain text: what packed rows of the same text come to.
 
-    python tests/benchmarks/paper_text.py TOKENIZER corpora/*.txt --sequence-length 32 --out paper_text
+    python tests/benchmarks/paper_text.py TOKENIZER corpora/*.txt --sequence-length 32 \\
+        --held-out-fraction 0.005 --out paper_text
 
 The builder drops what of its collected lines is longer than a row (data_shards/paper.py). Each segment of rows as it
-makes them becomes a line of a file of the same name under OUT, without characters that the tokenizer does not know;
-documents stay apart, and those that the original holds out are left out. TOKENIZER is a folder under
+would make them becomes a line of a file of the same name under OUT, without characters that the tokenizer does not
+know; documents stay apart, and those that the original holds out are left out. TOKENIZER is a folder under
 ``<run.dir>/tokenizers``, and OUT/tokenizer its copy.
 """
 
@@ -37,7 +38,8 @@ def kept_lines(document: str, tokenizer: Tokenizer, builder: ExampleBuilder) -> 
 
 def kept_text(text: str, tokenizer: Tokenizer, builder: ExampleBuilder, held_out_fraction: float) -> str:
     """What the rows of a file's training documents keep."""
-    documents = (it for it in _BLANK_LINES.split(text.strip()) if not is_held_out(it.encode(), held_out_fraction))
+    documents = (document.strip() for document in _BLANK_LINES.split(text))
+    documents = (document for document in documents if not is_held_out(document.encode(), held_out_fraction))
     kept = ("\n".join(kept_lines(document, tokenizer, builder)) for document in documents)
     return "\n\n".join(filter(None, kept)) + "\n"
 

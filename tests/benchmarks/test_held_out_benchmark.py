@@ -1,12 +1,18 @@
 """Networks of several runs on the same rows, and the text that the paper's rows keep."""
 
 import json
+import math
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
 
+from data_shards.paper import ExampleBuilder
+from data_shards.sampling import is_held_out
+from data_shards.store import Layout, read_manifest
 from data_shards.tokenizer import Tokenizer
+from pipeline.unigram import token_shares
 from tests.benchmarks import held_out, paper_text
 from tests.conftest import Electra
 
@@ -29,6 +35,7 @@ def test_a_run_scores_as_it_did_itself(runs: dict[str, Path], tmp_path: Path, mo
     out = tmp_path / "table.md"
     given = ["held_out.py", *arguments, "--generators", str(runs["electra"]), "--out", str(out)]
     monkeypatch.setattr(sys, "argv", given)
+    monkeypatch.setattr(held_out, "_ROWS_AT_ONCE", 7)
     held_out.main()
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.read_text().splitlines() if "|" in line]
     heading, electra, mlm = lines[0], lines[2], lines[3]
@@ -56,4 +63,48 @@ def test_paper_text_is_the_beginning_of_what_a_row_collects(runs: dict[str, Path
     kept = [number for line in first for number in tokenizer.encode(line)]
     assert 25 <= len(kept) <= 30, "a row of 32 holds [CLS], [SEP], [SEP] and these"
     assert Tokenizer(out / "tokenizer").digest == tokenizer.digest
-    assert paper_text.kept_text("bada\n\nbada bada", tokenizer, None, 1.0) == "\n"  # all is held out, no builder asked
+
+
+def test_paper_text_leaves_out_what_the_original_holds_out(runs: dict[str, Path]) -> None:
+    tokenized = json.loads((runs["electra"] / "tokenize/stage.json").read_text())["output"]
+    tokenizer = Tokenizer(tokenized["tokenizer"])
+    builder = ExampleBuilder(Layout("paper", 64, 1), tokenizer.special, tokenizer.dtype, 0)
+    documents = [" ".join(["bada"] * count) for count in range(1, 13)]
+    kept = paper_text.kept_text("\n \n".join(f"  {it} " for it in documents), tokenizer, builder, 0.5)
+    trained = [document for document in documents if not is_held_out(document.encode(), 0.5)]
+    assert 0 < len(trained) < 12
+    assert [document.replace("\n", " ") for document in kept.strip().split("\n\n")] == trained
+
+
+def test_frequencies_cost_what_they_do_where_the_original_is_hidden(runs: dict[str, Path]) -> None:
+    tokenized = json.loads((runs["electra"] / "tokenize/stage.json").read_text())["output"]
+    (shards,) = (Path(corpus["folder"]) for corpus in tokenized["corpora"])
+    trained = held_out.load(runs["electra"])
+    vocab_size = trained.model.embeddings.token_table().shape[0]
+    (batch,) = held_out.micro_batches(shards, trained.config, vocab_size, 32, ROWS)
+    shares = token_shares([shards], [1.0], vocab_size, list(read_manifest(shards).special.all))
+    losses = []
+    for row, positions in enumerate(batch.masking.positions_BM.tolist()):
+        for slot, position in enumerate(positions):
+            original = int(batch.token_ids_BT[row, position])
+            counts = batch.masking.weights_BM[row, slot] > 0
+            if counts and int(batch.masking.generator_ids_BT[row, position]) != original:
+                losses.append(-math.log(max(shares[original], 1e-6)))
+    assert len(losses) < batch.masking.positions_BM.numel(), "some show the original"
+    assert held_out.unigram_loss(shards, vocab_size, [batch]) == pytest.approx(sum(losses) / len(losses))
+
+
+def test_what_makes_no_sense_is_refused(runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenized = json.loads((runs["electra"] / "tokenize/stage.json").read_text())["output"]
+    (shards,) = (Path(corpus["folder"]) for corpus in tokenized["corpora"])
+    arguments = [str(runs["electra"]), "--sequence-length", "32", "--out", str(tmp_path / "table.md"), "--shards"]
+    monkeypatch.setattr(sys, "argv", ["held_out.py", *arguments, str(shards), "--generators", str(runs["mlm"])])
+    with pytest.raises(SystemExit, match="--generators bench-mlm: it trained none"):
+        held_out.main()
+    other = tmp_path / "other"
+    shutil.copytree(shards, other)
+    manifest = json.loads((other / "MANIFEST.json").read_text()) | {"tokenizer_sha256": "0" * 64}
+    (other / "MANIFEST.json").write_text(json.dumps(manifest))
+    monkeypatch.setattr(sys, "argv", ["held_out.py", *arguments, str(other)])
+    with pytest.raises(SystemExit, match="bench-electra: trained with another tokenizer than"):
+        held_out.main()
