@@ -110,13 +110,13 @@ def _made_of(run: Run) -> dict[str, str | bool]:
 def told_apart(one: Setting, other: Setting, task: str) -> bool:
     """Whether no pretraining of one lies among the other's, and the means differ by more than fine-tunings do.
 
-    False where each has a single pretraining. It is no test: of two each there is none. Of two equal settings,
-    fine-tuned five times, 4 % pass if pretrainings do not differ by chance, 23 % if they differ as much as fine-tunings
-    do; 10 and 40 % where one of them was pretrained once.
+    False where a single pretraining of each was fine-tuned. It is no test: of two each there is none. Of two equal
+    settings, fine-tuned five times, 4 % pass if pretrainings do not differ by chance, 23 % if they differ as much as
+    fine-tunings do; 10 and 40 % where one of them was pretrained once.
     """
-    if max(len(one.runs), len(other.runs)) < 2:
-        return False
     ours, theirs = one.medians(task), other.medians(task)
+    if max(len(ours), len(theirs)) < 2:
+        return False
     overlap = max(ours) >= min(theirs) and max(theirs) >= min(ours)
     distance = abs(statistics.fmean(ours) - statistics.fmean(theirs))
     return not overlap and all(distance > setting.deviation(task) for setting in (one, other))
