@@ -82,7 +82,7 @@ class HeldOut:
             number = turn * self._process.world_size + self._process.rank
             weight = 1.0 if number < micro_batches else 0.0
             first = number * micro if weight else 0
-            rows, keys = _slice(keyed.rows, first, first + micro), keyed.keys[first : first + micro]
+            rows, keys = slice_rows(keyed.rows, first, first + micro), keyed.keys[first : first + micro]
             part = replace(keyed, rows=rows, keys=keys)
             vocab_size = self._plan.vocab_size
             yield to_micro_batch(part, self._config, vocab_size, self._device, SEED + number, weight)
@@ -115,5 +115,6 @@ def auc_with_standard_error(scores_N: torch.Tensor, is_positive_N: torch.Tensor)
     return auc, math.sqrt(max(0.0, variance) / (positives * negatives))
 
 
-def _slice(rows: Rows, begin: int, end: int) -> Rows:
+def slice_rows(rows: Rows, begin: int, end: int) -> Rows:
+    """Rows ``[begin, end)``, fewer where there are no more."""
     return Rows(*(array[begin:end] for array in (rows.token_ids, rows.token_types, rows.positions, rows.pieces)))

@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 
 from data_shards.loader import held_out_rows
-from data_shards.rows import Rows
 from data_shards.store import read_manifest
 from model.batch import GlobalCounts, MicroBatch
 from model.electra import Corrupted, Electra
@@ -31,7 +30,7 @@ from pipeline.batches import to_micro_batch
 from pipeline.checkpoint import WEIGHTS
 from pipeline.config import Config
 from pipeline.export import find_source
-from pipeline.held_out import SEED, auc_with_standard_error
+from pipeline.held_out import SEED, auc_with_standard_error, slice_rows
 from pipeline.unigram import token_shares
 
 _ROWS_AT_ONCE = 64
@@ -87,11 +86,10 @@ def micro_batches(shards: Path, config: Config, vocab_size: int, length: int, ma
     if keyed is None:
         raise SystemExit(f"{shards}: nothing is held out; name another folder")
     config = config.model_copy(update={"data": config.data.model_copy(update={"sequence_length": length})})
-    arrays = (keyed.rows.token_ids, keyed.rows.token_types, keyed.rows.positions, keyed.rows.pieces)
     batches = []
     for first in range(0, len(keyed.keys), _ROWS_AT_ONCE):
-        part = slice(first, first + _ROWS_AT_ONCE)
-        some = replace(keyed, rows=Rows(*(array[part] for array in arrays)), keys=keyed.keys[part])
+        last = first + _ROWS_AT_ONCE
+        some = replace(keyed, rows=slice_rows(keyed.rows, first, last), keys=keyed.keys[first:last])
         batches.append(to_micro_batch(some, config, vocab_size, "cpu", SEED + first, 1.0))
     return batches
 

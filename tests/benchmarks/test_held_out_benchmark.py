@@ -5,6 +5,7 @@ import math
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -28,10 +29,23 @@ def runs(shared_config: Path, electra: Electra) -> dict[str, Path]:
     return {name: shared_config.parent / "out/runs" / f"bench-{name}" for name in ("electra", "mlm")}
 
 
-def test_a_run_scores_as_it_did_itself(runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tokenized = json.loads((runs["electra"] / "tokenize/stage.json").read_text())["output"]
-    (shards,) = (corpus["folder"] for corpus in tokenized["corpora"])
-    arguments = [*map(str, runs.values()), "--shards", shards, "--sequence-length", "32", "--rows", str(ROWS)]
+@pytest.fixture(scope="module")
+def tokenized(runs: dict[str, Path]) -> dict[str, Any]:
+    """What their tokenize stages made."""
+    return json.loads((runs["electra"] / "tokenize/stage.json").read_text())["output"]
+
+
+@pytest.fixture(scope="module")
+def shards(tokenized: dict[str, Any]) -> Path:
+    """Their only corpus."""
+    (corpus,) = tokenized["corpora"]
+    return Path(corpus["folder"])
+
+
+def test_a_run_scores_as_it_did_itself(
+    runs: dict[str, Path], shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = [*map(str, runs.values()), "--shards", str(shards), "--sequence-length", "32", "--rows", str(ROWS)]
     out = tmp_path / "table.md"
     given = ["held_out.py", *arguments, "--generators", str(runs["electra"]), "--out", str(out)]
     monkeypatch.setattr(sys, "argv", given)
@@ -47,9 +61,8 @@ def test_a_run_scores_as_it_did_itself(runs: dict[str, Path], tmp_path: Path, mo
     assert mlm[2:] == ["–"] * 3
 
 
-def test_paper_text_is_the_beginning_of_what_a_row_collects(runs: dict[str, Path], tmp_path: Path) -> None:
+def test_paper_text_is_the_beginning_of_what_a_row_collects(tokenized: dict[str, Any], tmp_path: Path) -> None:
     """Special tokens, padding and unknown characters are no part of it; held-out documents are left out."""
-    tokenized = json.loads((runs["electra"] / "tokenize/stage.json").read_text())["output"]
     tokenizer = Tokenizer(tokenized["tokenizer"])
     words = " ".join(["bada"] * 200)
     (tmp_path / "a.txt").write_text(f"bada \N{SNOWMAN} bada\n{words}\n\nbada\n")
@@ -65,8 +78,7 @@ def test_paper_text_is_the_beginning_of_what_a_row_collects(runs: dict[str, Path
     assert Tokenizer(out / "tokenizer").digest == tokenizer.digest
 
 
-def test_paper_text_leaves_out_what_the_original_holds_out(runs: dict[str, Path]) -> None:
-    tokenized = json.loads((runs["electra"] / "tokenize/stage.json").read_text())["output"]
+def test_paper_text_leaves_out_what_the_original_holds_out(tokenized: dict[str, Any]) -> None:
     tokenizer = Tokenizer(tokenized["tokenizer"])
     builder = ExampleBuilder(Layout("paper", 64, 1), tokenizer.special, tokenizer.dtype, 0)
     documents = [" ".join(["bada"] * count) for count in range(1, 13)]
@@ -76,9 +88,7 @@ def test_paper_text_leaves_out_what_the_original_holds_out(runs: dict[str, Path]
     assert [document.replace("\n", " ") for document in kept.strip().split("\n\n")] == trained
 
 
-def test_frequencies_cost_what_they_do_where_the_original_is_hidden(runs: dict[str, Path]) -> None:
-    tokenized = json.loads((runs["electra"] / "tokenize/stage.json").read_text())["output"]
-    (shards,) = (Path(corpus["folder"]) for corpus in tokenized["corpora"])
+def test_frequencies_cost_what_they_do_where_the_original_is_hidden(runs: dict[str, Path], shards: Path) -> None:
     trained = held_out.load(runs["electra"])
     vocab_size = trained.model.embeddings.token_table().shape[0]
     (batch,) = held_out.micro_batches(shards, trained.config, vocab_size, 32, ROWS)
@@ -94,9 +104,9 @@ def test_frequencies_cost_what_they_do_where_the_original_is_hidden(runs: dict[s
     assert held_out.unigram_loss(shards, vocab_size, [batch]) == pytest.approx(sum(losses) / len(losses))
 
 
-def test_what_makes_no_sense_is_refused(runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tokenized = json.loads((runs["electra"] / "tokenize/stage.json").read_text())["output"]
-    (shards,) = (Path(corpus["folder"]) for corpus in tokenized["corpora"])
+def test_what_makes_no_sense_is_refused(
+    runs: dict[str, Path], shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     arguments = [str(runs["electra"]), "--sequence-length", "32", "--out", str(tmp_path / "table.md"), "--shards"]
     monkeypatch.setattr(sys, "argv", ["held_out.py", *arguments, str(shards), "--generators", str(runs["mlm"])])
     with pytest.raises(SystemExit, match="--generators bench-mlm: it trained none"):
