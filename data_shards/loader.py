@@ -34,6 +34,21 @@ class KeyedRows:
     has_padding: bool = False
 
 
+@dataclass(frozen=True)
+class RowsBefore:
+    """What was read before a run's own batch and weights hold: by the run that it goes on from.
+
+    Attributes:
+        step: From this one on they hold (steps count from 0).
+        rows: Of each corpus.
+        numbers: By which each corpus's rows are keyed.
+    """
+
+    step: int
+    rows: tuple[int, ...]
+    numbers: tuple[int, ...]
+
+
 class RowLoader:
     """Training rows of several corpora, mixed by weight.
 
@@ -53,6 +68,7 @@ class RowLoader:
         global_batch_rows: int,
         seed: int,
         shuffle_window_gib: float | None = None,
+        before: RowsBefore | None = None,
     ):
         """Opens finished shard folders, one for each weight.
 
@@ -63,6 +79,7 @@ class RowLoader:
             global_batch_rows: Rows of a step.
             seed: Of the order.
             shuffle_window_gib: Disk that rows are mixed within, all corpora together; None: all there is.
+            before: What was read already; None at a run's own beginning.
 
         Raises:
             DataSettingError: A corpus has no row, all of them less than one global batch, or too many corpora.
@@ -81,7 +98,9 @@ class RowLoader:
         if shuffle_window_gib is not None:
             window_bytes = [shuffle_window_gib * 2**30 * weight / sum(weights) for weight in weights]
             orders = [_two_level(s, size) for s, size in zip(self._streams, window_bytes, strict=True)]
-        self.order = MixtureOrder(seed, orders, weights)
+        before = before or RowsBefore(0, (), tuple(range(len(folders))))
+        self.order = MixtureOrder(seed, orders, weights, before.rows, before.numbers)
+        self._first_step, self._numbers = before.step, np.asarray(before.numbers)
         self._reads_ahead = shuffle_window_gib is not None
         for stream in self._streams:
             stream.reads_single_pages = not self._reads_ahead and self._exceeds_memory()
@@ -105,11 +124,11 @@ class RowLoader:
 
     def rows_at(self, step: int, first: int, count: int) -> KeyedRows:
         """Rows ``[first, first + count)`` of the global batch of ``step`` (steps count from 0)."""
-        begin = step * self._global_batch_rows + first
+        begin = self.order.first + (step - self._first_step) * self._global_batch_rows + first
         if self._reads_ahead:
             self._read_ahead(begin, count)
         corpora, epochs, rows = self.order.rows_at(begin + np.arange(count, dtype=np.int64))
-        keys = row_keys(self._seed, corpora, epochs, rows)
+        keys = row_keys(self._seed, self._numbers[corpora], epochs, rows)
         if len(self._streams) == 1:
             windows = self._streams[0].windows(epochs, rows)
         else:

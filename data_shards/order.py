@@ -164,37 +164,82 @@ class RowOrder:
         return stretches
 
 
-class MixtureOrder:
-    """Which row of which corpus stands at each position of the training stream.
+class Mixture:
+    """Which corpus each position of the training stream draws a row from, and how many it drew before.
 
     The corpora follow each other in a pattern of 1,024 positions that repeats, so
-    any 1,024 consecutive positions hold each corpus equally often. Within a corpus,
-    the stream runs through the rows epoch by epoch, each epoch in an order of its own.
+    any 1,024 consecutive positions hold each corpus equally often.
     """
 
-    def __init__(self, seed: int, orders: Sequence[RowOrder], weights: Sequence[float]):
-        """One order for each corpus; ``weights`` need not add up to 1.
+    def __init__(self, weights: Sequence[float], rows_before: Sequence[int] = ()):
+        """Shares of the corpora.
+
+        Args:
+            weights: They need not add up to 1.
+            rows_before: Of each corpus, drawn by other weights; these hold from position ``sum(rows_before)`` on.
 
         Raises:
             DataSettingError: More corpora than positions in the pattern.
         """
-        self._orders = list(orders)
-        self._keys = [derive_key(seed, 2, corpus) for corpus in range(len(weights))]
         self._quotas = _quotas(weights)
         self._pattern = np.empty(MIXTURE_PERIOD_ROWS, np.int64)
         self._pattern[_bit_reversed(MIXTURE_PERIOD_ROWS)] = np.repeat(np.arange(len(weights)), self._quotas)
         self._earlier = np.empty_like(self._pattern)  # rows of the same corpus earlier in the pattern
         self._earlier[np.argsort(self._pattern, kind="stable")] = np.concatenate([np.arange(q) for q in self._quotas])
+        self.first = sum(rows_before)
+        self._offsets = np.zeros_like(self._quotas)
+        if rows_before:
+            self._offsets = np.asarray(rows_before, np.int64) - self.rows_at(self.first)
 
     @property
     def shares(self) -> list[float]:
         """The share of the rows that each corpus gets: its weight, to a row in 1,024."""
         return (self._quotas / MIXTURE_PERIOD_ROWS).tolist()
 
+    def draws_at(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Corpus of each position, and how many rows of it the stream has drawn before."""
+        blocks, slots = positions // MIXTURE_PERIOD_ROWS, positions % MIXTURE_PERIOD_ROWS
+        corpus = self._pattern[slots]
+        return corpus, blocks * self._quotas[corpus] + self._earlier[slots] + self._offsets[corpus]
+
+    def rows_at(self, position: int) -> np.ndarray:
+        """Rows of each corpus that the stream has drawn before a position, int64 ``(corpora,)``."""
+        blocks, slot = divmod(position, MIXTURE_PERIOD_ROWS)
+        in_block = np.bincount(self._pattern[:slot], minlength=len(self._quotas))
+        return blocks * self._quotas + in_block + self._offsets
+
+
+class MixtureOrder:
+    """Which row of which corpus stands at each position of the training stream.
+
+    Within a corpus, the stream runs through the rows epoch by epoch, each epoch in an order of its own.
+    """
+
+    def __init__(
+        self,
+        seed: int,
+        orders: Sequence[RowOrder],
+        weights: Sequence[float],
+        rows_before: Sequence[int] = (),
+        numbers: Sequence[int] = (),
+    ):
+        """One order for each corpus.
+
+        Args:
+            seed: Of all orders.
+            orders: Of each corpus.
+            weights: As ``Mixture`` has them, and ``rows_before``.
+            rows_before: See there.
+            numbers: By which the corpora's orders are keyed; their places, if empty.
+        """
+        self._orders, self._mixture = list(orders), Mixture(weights, rows_before)
+        self._keys = [derive_key(seed, 2, number) for number in numbers or range(len(weights))]
+        self.first, self.shares = self._mixture.first, self._mixture.shares
+
     def rows_at(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Maps stream positions to ``(corpus, epoch, row)``, each int64 and shaped as ``positions``."""
         positions = np.asarray(positions, np.int64)
-        corpus, draw = self._draws_at(positions)
+        corpus, draw = self._mixture.draws_at(positions)
         epoch, row = np.empty_like(positions), np.empty_like(positions)
         for c in np.flatnonzero(np.bincount(corpus.reshape(-1), minlength=len(self._orders))):
             chosen = corpus == c if len(self._orders) > 1 else np.ones(corpus.shape, bool)
@@ -208,12 +253,9 @@ class MixtureOrder:
         A corpus without a row there is in the window of its next one.
         """
         ranges = []
-        block, slot = divmod(np.asarray([first, first + count - 1]), MIXTURE_PERIOD_ROWS)
-        for c, order in enumerate(self._orders):
-            before = [int(np.count_nonzero(self._pattern[: slot[i] + i] == c)) for i in (0, 1)]
-            draws = block * self._quotas[c] + before
-            draws[1] = max(draws[0], draws[1] - 1)
-            epochs, positions = np.divmod(draws, order.num_rows)
+        drawn = zip(self._mixture.rows_at(first), self._mixture.rows_at(first + count), strict=True)
+        for order, (before, after) in zip(self._orders, drawn, strict=True):
+            epochs, positions = np.divmod([before, max(before, after - 1)], order.num_rows)
             begin, end = (epochs * order.num_windows + order.windows_of(positions)).tolist()
             ranges.append(range(begin, end + 1))
         return ranges
@@ -223,12 +265,6 @@ class MixtureOrder:
         order = self._orders[corpus]
         epoch, window = divmod(window, order.num_windows)
         return epoch, order.stretches(window, self._epoch_keys(corpus, np.asarray([epoch]))[0])
-
-    def _draws_at(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Corpus of each position, and how many rows of it the stream has drawn before."""
-        blocks, slots = positions // MIXTURE_PERIOD_ROWS, positions % MIXTURE_PERIOD_ROWS
-        corpus = self._pattern[slots]
-        return corpus, blocks * self._quotas[corpus] + self._earlier[slots]
 
     def _epoch_keys(self, corpus: int, epochs: np.ndarray) -> np.ndarray:
         """Keys of epochs; a single one where they are all the same, which is cheaper to use."""

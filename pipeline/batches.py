@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data_shards.loader import KeyedRows, RowLoader
+from data_shards.loader import KeyedRows, RowLoader, RowsBefore
 from data_shards.order import MIXTURE_PERIOD_ROWS
 from data_shards.special import SpecialIds
 from model.batch import MicroBatch
@@ -29,11 +29,11 @@ DRAWS = 1
 """Stream of random numbers of a micro-batch."""
 
 
-def open_rows(config: Config, folders: list[Path], weights: list[float]) -> RowLoader:
-    """Opens the shard folders of a run, one for each weight."""
-    data = config.data
+def open_rows(config: Config, folders: list[Path], weights: list[float], before: RowsBefore | None = None) -> RowLoader:
+    """Opens the shard folders of a run, one for each weight; ``before``: what a fork's parent has read."""
+    data, batch_rows = config.data, config.train.global_batch_size
     return RowLoader(
-        folders, weights, data.sequence_length, config.train.global_batch_size, config.run.seed, data.shuffle_window_gib
+        folders, weights, data.sequence_length, batch_rows, config.run.seed, data.shuffle_window_gib, before
     )
 
 

@@ -37,6 +37,7 @@ from pipeline.distributed import (
 from pipeline.engine import Engine
 from pipeline.errors import ConfigError, StoppedByFile, StoppedEarly
 from pipeline.faults import Faults
+from pipeline.fork import rows_before
 from pipeline.goodput import Ledger
 from pipeline.held_out import HeldOut
 from pipeline.launch import threads_per_process
@@ -110,7 +111,8 @@ def _prepare(
     tokenized = load_tokenize_output(config)
     folders, weights = shard_folders(config, tokenized, warns=process.local_rank == 0)
     plan = make_plan(config, process.world_size, tokenized["vocab_size"], record.numerics.get("micro_batch_rows"))
-    loader = open_rows(config, folders, weights)
+    before = control.broadcast(rows_before(config) if control.is_first else None)
+    loader = open_rows(config, folders, weights, before)
     kernels = choose_kernels(config, device, kept_kernels(record.numerics, device))
     _check_disk(folder, plan, control)
     peak, peak_source = peak_flops(device, threads, config.train.precision)

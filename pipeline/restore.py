@@ -9,11 +9,9 @@ from pipeline.config import Config
 from pipeline.distributed import Control
 from pipeline.engine import MOMENTS, Engine
 from pipeline.errors import ConfigError
+from pipeline.fork import load_parent
 from pipeline.initial_weights import initial_weights
-from pipeline.journal import Journal, read_entries
 from pipeline.log import logger
-from pipeline.spikes import inherit_skips
-from pipeline.stages import read_record, read_record_file, stage_folder
 from pipeline.training import TrainingState
 
 
@@ -25,7 +23,7 @@ def restore(config: Config, folder: Path, engine: Engine, control: Control, voca
     if step is not None:
         found = checkpoints.load(folder, step, verify=False)
     elif config.run.fork_from:
-        found = _parent_checkpoint(config, control.is_first)
+        found = load_parent(config, control.is_first)
     else:
         logger.info("no checkpoint in %s: training starts from the beginning", folder)
         imported = initial_weights(config, vocab_size)
@@ -47,37 +45,6 @@ def restore(config: Config, folder: Path, engine: Engine, control: Control, voca
 
 def _step_of(found: checkpoints.Checkpoint | None) -> int | None:
     return found.step if found else None
-
-
-def _parent_checkpoint(config: Config, is_first: bool) -> checkpoints.Checkpoint:
-    """The checkpoint named by ``run.fork_from``; its journal up to that step becomes this run's."""
-    assert config.run.fork_from
-    name, _, step = config.run.fork_from.partition("@")
-    if int(step) >= config.train.steps:
-        raise ConfigError(
-            f"run.fork_from={config.run.fork_from} leaves nothing to train: train.steps={config.train.steps}; raise it"
-        )
-    parent = config.run.dir / "runs" / name / "pretrain"
-    record, own = read_record_file(parent / "stage.json"), read_record(config, "pretrain")
-    if record and own and record.inputs["tokenizer"] != own.inputs["tokenizer"]:
-        raise ConfigError(
-            f"run.fork_from={config.run.fork_from}: that run has another tokenizer; its ids mean other words"
-        )
-    training = record.inputs["science"].get("objective.training", "joint") if record else config.objective.training
-    if training != config.objective.training and "two_stage" in (training, config.objective.training):
-        raise ConfigError(
-            f"run.fork_from={config.run.fork_from}: that run has objective.training={training}, this one "
-            f"{config.objective.training}; two stages cannot be entered or left on the way: start a run of its own"
-        )
-    found = checkpoints.load(parent / "checkpoints", int(step), verify=is_first)
-    if is_first:
-        journal = Journal(stage_folder(config, "pretrain") / "journal.jsonl", -1)
-        for entry in read_entries(parent / "journal.jsonl"):
-            if entry["step"] <= found.step:
-                journal.append(entry)
-        journal.sync()
-        inherit_skips(stage_folder(config, "pretrain"), parent, found.step)
-    return found
 
 
 def _check_shapes(found: checkpoints.Checkpoint, engine: Engine) -> None:

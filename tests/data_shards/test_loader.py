@@ -10,8 +10,8 @@ import pytest
 from data_shards import loader as loader_module
 from data_shards import store
 from data_shards.errors import DamagedDataError, DataSettingError
-from data_shards.loader import KeyedRows, RowLoader, held_out_rows
-from data_shards.order import derive_key
+from data_shards.loader import KeyedRows, RowLoader, RowsBefore, held_out_rows
+from data_shards.order import Mixture, derive_key
 from data_shards.special import TRAINED
 from data_shards.store import TokenStream
 
@@ -72,7 +72,12 @@ def loader_of(write_folder):
         write_folder("large", [numbered(3000, 100, np.uint16), numbered(500, 4000, np.uint16)]),
         write_folder("small", [numbered(700, 10_000, np.uint16)]),
     ]
-    return lambda seed=7, batch=64: RowLoader(folders, [3, 1], LENGTH, batch, seed)
+
+    def open_loader(seed=7, batch=64, weights=(3, 1), before=None):
+        return RowLoader(folders, list(weights), LENGTH, batch, seed, before=before)
+
+    open_loader.folders = folders
+    return open_loader
 
 
 def test_rows_do_not_depend_on_who_asks_and_in_what_order(loader_of):
@@ -97,6 +102,28 @@ def test_visits_of_a_row_have_keys_of_their_own(write_folder):
     keys = np.concatenate([loader.rows_at(step, 0, 31).keys for step in range(40)])
     assert keys.dtype == np.uint64
     assert len(np.unique(keys)) == len(keys)
+
+
+@pytest.mark.parametrize(("batch", "weights"), [(32, [3, 1]), (100, [3, 1]), (64, [1, 3])])
+def test_another_batch_or_mixture_reads_what_was_not_read(loader_of, write_folder, batch, weights):
+    """Each corpus ends its first epoch before it begins the second, with masks of their own."""
+    parent, read = loader_of(), Mixture([3, 1]).rows_at(2 * 64).tolist()
+    assert read == [96, 32]
+    fork = loader_of(batch=batch, weights=weights, before=RowsBefore(2, tuple(read), (0, 1)))
+    keyed = [parent.rows_at(step, 0, 64) for step in range(2)] + [fork.rows_at(2 + s, 0, batch) for s in range(3)]
+    ids = np.concatenate([rows.rows.token_ids[:, 1] for rows in keyed]).astype(int)
+    keys = np.concatenate([rows.keys for rows in keyed])
+    assert len(np.unique(keys)) == len(keys)
+    for of_corpus, epoch in ((ids[ids < 10_000], 216), (ids[ids >= 10_000], 42)):
+        assert len(np.unique(of_corpus[:epoch])) == min(epoch, len(of_corpus))
+
+
+def test_a_new_corpus_leaves_the_order_of_the_others_alone(loader_of):
+    numbered_otherwise = loader_of(before=RowsBefore(0, (0, 0), (1, 0)))
+    assert not np.array_equal(arrays(loader_of().rows_at(0, 0, 64)), arrays(numbered_otherwise.rows_at(0, 0, 64)))
+    alone = RowLoader(loader_of.folders[1:], [1], LENGTH, 16, 7, before=RowsBefore(0, (0,), (1,)))
+    of_both = np.concatenate([loader_of().rows_at(step, 0, 64).rows.token_ids for step in range(2)])
+    assert np.array_equal(alone.rows_at(0, 0, 16).rows.token_ids, of_both[of_both[:, 1] >= 10_000][:16])
 
 
 def test_corpora_are_mixed_by_weight(loader_of):

@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data_shards.order import MIXTURE_PERIOD_ROWS, MixtureOrder, RowOrder, permute
+from data_shards.order import MIXTURE_PERIOD_ROWS, Mixture, MixtureOrder, RowOrder, permute
 
 FEW = settings(max_examples=60, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 SEEDS = st.integers(0, 2**31 - 1)
@@ -97,3 +97,33 @@ def test_windows_are_those_that_the_rows_lie_in(seed, corpora, first, count):
         rows = {(epoch, row) for corpus, epoch, row in found.tolist() if corpus == number}
         assert rows <= inside
         assert len(windows) <= max(1, len(rows))
+
+
+@FEW
+@given(SEEDS, CORPORA, st.data(), st.integers(0, 5000))
+def test_other_weights_go_on_with_the_rows_that_were_not_read(seed, corpora, data, position):
+    count = len(corpora)
+    weights = data.draw(st.lists(st.floats(0.01, 100), min_size=count, max_size=count))
+    orders, before = [order for order, _ in corpora], mixture(seed, corpora)
+    read = Mixture([weight for _, weight in corpora]).rows_at(position).tolist()
+    after = MixtureOrder(seed, orders, weights, read, range(count))
+    assert after.first == position
+    positions = np.arange(position + 2 * MIXTURE_PERIOD_ROWS)
+    first, second = before.rows_at(positions[:position]), after.rows_at(positions[position:])
+    corpus, epoch, row = (np.concatenate(both) for both in zip(first, second, strict=True))
+    for number, order in enumerate(orders):
+        drawn = (epoch * order.num_rows)[corpus == number]
+        assert (np.diff(drawn) >= 0).all()
+        visits = np.stack([epoch[corpus == number], row[corpus == number]])
+        assert visits.shape[1] == np.unique(visits, axis=1).shape[1]
+        assert np.array_equal(drawn, np.arange(len(drawn)) // order.num_rows * order.num_rows)
+
+
+@FEW
+@given(SEEDS, CORPORA, st.integers(0, 10**6))
+def test_equal_weights_go_on_as_if_nothing_were(seed, corpora, position):
+    orders, weights = [order for order, _ in corpora], [weight for _, weight in corpora]
+    read = Mixture(weights).rows_at(position).tolist()
+    after, positions = MixtureOrder(seed, orders, weights, read), position + np.arange(2000)
+    assert all(map(np.array_equal, after.rows_at(positions), mixture(seed, corpora).rows_at(positions)))
+    assert after.windows_at(position, 700) == mixture(seed, corpora).windows_at(position, 700)
