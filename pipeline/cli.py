@@ -175,19 +175,30 @@ def status(config: Path, overrides: tuple[str, ...], as_json: bool, seconds: flo
 @_overrides
 @click.option("--world-size", type=click.IntRange(min=1), default=1, help="Processes to plan for.")
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
+@click.option("--stages", "only_stages", is_flag=True, help="The stages of `electra run` alone, a line each.")
 @estimate_options
 @_debug_option
 def show_config(
-    config: Path, overrides: tuple[str, ...], world_size: int, as_json: bool, debug: bool, **of_estimate: Any
+    config: Path,
+    overrides: tuple[str, ...],
+    world_size: int,
+    as_json: bool,
+    only_stages: bool,
+    debug: bool,
+    **of_estimate: Any,
 ) -> None:
     """The resolved config, the numbers that follow from it, and what it will cost; of several variants a table."""
     _set_debug(debug)
+    from pipeline.chain import stages_of
     from pipeline.config_file import dump_yaml
     from pipeline.cost import describe_estimate
     from pipeline.measured import make_estimate
     from pipeline.plan import describe, make_plan
 
     configs = _load_all(config, overrides)
+    if only_stages:
+        click.echo("\n".join(max(map(stages_of, configs), key=len)))
+        return
     plans = [make_plan(settings, world_size) for settings in configs]
     pairs = list(zip(configs, plans, strict=True))
     estimates = [make_estimate(settings, plan, **of_estimate) for settings, plan in pairs]

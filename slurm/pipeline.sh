@@ -1,6 +1,7 @@
 #!/bin/bash
 # Submits the whole pipeline. Runs on a login node; do not sbatch this file:
 #     slurm/pipeline.sh CONFIG [key=value ...]
+# The stages are those of `electra run`: evaluate only where evaluate.tasks names some.
 #
 # SBATCH_* variables reach all three jobs. For one stage:
 #     ELECTRA_TOKENIZE_SBATCH, ELECTRA_PRETRAIN_SBATCH, ELECTRA_EVALUATE_SBATCH    more sbatch flags,
@@ -10,6 +11,8 @@
 set -euo pipefail
 slurm=$(dirname -- "$(readlink -f -- "$0")")
 repo=$(dirname -- "$slurm")
+# shellcheck source=slurm/_common.sh
+source "$slurm/_common.sh"
 
 if (($# == 0)) || [[ $1 == -* || ($1 == *=* && ! -f $1) ]]; then
   echo "usage: slurm/pipeline.sh CONFIG [key=value ...]" >&2
@@ -39,6 +42,18 @@ if [[ -n ${SLURM_JOB_ID:-} ]]; then
 fi
 export ELECTRA_REPO=$repo
 
+# The program knows the stages, and refuses a wrong key before anything waits in the queue. A Python that only srun can
+# start is not asked on a login node. In a subshell: jobs load the site's settings themselves.
+stages_of() {
+  load_site_settings
+  if ((${#ELECTRA_SRUN_FLAGS[@]})); then
+    echo "tokenize pretrain evaluate"
+  else
+    "${python[@]}" -m pipeline config "$@" --stages
+  fi
+}
+stages=$(stages_of "$config" "$@")
+
 jobs=()
 submit() { # submit "SBATCH FLAGS" SCRIPT ARGUMENTS: one more job, to start when the one before has succeeded
   local flags answer left="nothing was left in the queue"
@@ -55,8 +70,14 @@ submit() { # submit "SBATCH FLAGS" SCRIPT ARGUMENTS: one more job, to start when
 }
 submit "${ELECTRA_TOKENIZE_SBATCH:-}" "$slurm/tokenize.sh" "$config" "$@"
 submit "${ELECTRA_PRETRAIN_SBATCH:-}" "$pretrain" "$config" "$@"
-submit "${ELECTRA_EVALUATE_SBATCH:-}" "$slurm/evaluate.sh" "$config" "$@"
+if [[ $stages == *evaluate* ]]; then
+  submit "${ELECTRA_EVALUATE_SBATCH:-}" "$slurm/evaluate.sh" "$config" "$@"
+fi
 
 echo "tokenize ${jobs[0]}"
 echo "pretrain ${jobs[1]} after ${jobs[0]} ($(basename -- "$pretrain"))"
-echo "evaluate ${jobs[2]} after ${jobs[1]}"
+if ((${#jobs[@]} == 3)); then
+  echo "evaluate ${jobs[2]} after ${jobs[1]}"
+else
+  echo "evaluate is not submitted: evaluate.tasks is empty"
+fi

@@ -279,6 +279,13 @@ def test_help_imports_nothing_but_click() -> None:
     assert done.stdout.strip().endswith("set()")
 
 
+def test_stages_of_a_config_are_those_of_run(electra, config_path):
+    shown = [
+        electra("config", config_path, "--stages", *tasks).stdout.split() for tasks in ([], ["evaluate.tasks=[cola]"])
+    ]
+    assert shown == [["tokenize", "pretrain"], ["tokenize", "pretrain", "evaluate"]]
+
+
 def test_config_command_prints_the_arithmetic(electra: Electra) -> None:
     shown = electra("config", REPOSITORY / "configs" / "large.yaml", "--world-size", 64).stdout
     for text in ("354.7M", "335.1M", "2.275e+15", "64 micro-batches of 32 rows", "7.118e+20 in the paper's count",

@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import NoReturn
 
 stage, config, *arguments = sys.argv[1:]
+if "--stages" in arguments:
+    sys.exit(print("tokenize\npretrain\nevaluate"))
 stub = dict(argument[len("stub.") :].split("=", 1) for argument in arguments if argument.startswith("stub."))
 in_step = "SLURM_STEP_ID" in os.environ
 rank = int(os.environ["SLURM_PROCID"]) if in_step else 0

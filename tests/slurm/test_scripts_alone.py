@@ -21,6 +21,10 @@ eval "${!code:-}"
 NO_QUICK_CHECK = {"ELECTRA_QUICK_CHECK": "0"}
 NO_GPU = 'if [[ "$*" == *--check* ]]; then exit 78; fi'
 QUICK_CHECK_NAMES_NO_GPU = 'if [[ "$*" == *quick* ]]; then echo "78 no GPU" >"$ELECTRA_EXIT_FILE"; exit 78; fi'
+ALL_STAGES = {
+    "STUB_python": "echo tokenize; echo pretrain; echo evaluate", "ELECTRA_PYTHON": "python",
+    "ELECTRA_SITE_ENV": "/dev/null",
+}  # fmt: skip
 TIME_LIMIT = 'if [[ "$1 $2" == "show job" ]]; then echo "JobState=COMPLETING Reason=TimeLimit Dependency=(null)"; fi'
 STOPS_AT_USR2 = "kill -USR2 $PPID; sleep 0.3; exit 140"  # its parent is the batch shell
 SAVES_AT_TERM = "kill -TERM $PPID; sleep 0.3; exit 143"
@@ -163,11 +167,32 @@ def test_jobs_before_a_refused_one_are_cancelled(script: str, cancels: bool, log
     """Multi-cluster Slurm answers "id;cluster"; a plain scancel then fails."""
     sbatch = 'if (($(grep -c ^sbatch "$CALLS") == 2)); then exit 1; fi; echo "4711;far"'
     arguments = ["3", f"{SLURM}/pretrain_small.sh"] if script == "chain.sh" else ["c.yaml"]
-    env = {"STUB_sbatch": sbatch, "STUB_scancel": f"exit {0 if cancels else 1}"}
+    env = {"STUB_sbatch": sbatch, "STUB_scancel": f"exit {0 if cancels else 1}"} | ALL_STAGES
     done = login.run([f"{SLURM}/{script}", *arguments], **env)
     assert done.returncode == 1 and login.called("sbatch") == 2
     assert login.called("scancel 4711") == 1
     assert ("nothing was left in the queue" if cancels else "4711 could not be cancelled") in done.stdout
+
+
+def test_pipeline_submits_the_stages_that_the_program_names(login: Login):
+    command, sbatch = [f"{SLURM}/pipeline.sh", "c.yaml", "a=b"], {"STUB_sbatch": "echo 4711"}
+    whole = login.run(command, **ALL_STAGES, **sbatch)
+    assert whole.returncode == 0 and login.called("sbatch") == 3, whole.stdout
+    assert login.called("python -m pipeline config") == 1
+    two = login.run(command, **ALL_STAGES | {"STUB_python": "echo tokenize; echo pretrain"}, **sbatch)
+    assert two.returncode == 0 and login.called("sbatch") == 2, two.stdout
+    assert "evaluate is not submitted: evaluate.tasks is empty" in two.stdout
+    wrong = login.run(command, **ALL_STAGES | {"STUB_python": "echo no such key; exit 78"}, **sbatch)
+    assert wrong.returncode == 78 and not login.called("sbatch"), wrong.stdout
+
+
+def test_pipeline_does_not_ask_a_python_that_only_srun_can_start(login: Login):
+    site = login.folder / "site.env"
+    site.write_text("ELECTRA_SRUN_FLAGS=(--container-image=x)\nexport SEEN=yes\n")
+    env = ALL_STAGES | {"ELECTRA_SITE_ENV": str(site), "STUB_sbatch": 'echo "4711${SEEN:-}"'}
+    done = login.run([f"{SLURM}/pipeline.sh", "c.yaml"], **env)
+    assert done.returncode == 0 and login.called("sbatch") == 3 and not login.called("python"), done.stdout
+    assert "tokenize 4711\n" in done.stdout  # the site's settings are the jobs' business
 
 
 def test_generations_know_their_chain_without_the_submit_environment(login: Login):
