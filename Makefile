@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 
 setup: $(VENV)/installed
 
-# torch first and pinned: left to a dependency, it would come as a CUDA build of several GB.
+# torch: the index's default, a CUDA 13 build of several GB. Another build of it that is in $(VENV) already stays.
 $(VENV)/installed: pyproject.toml constraints.txt
 	@begin=$$(date +%s) && \
 	$(PYTHON) -m venv $(VENV) && \

@@ -130,7 +130,7 @@ class KernelsConfig(Section):
 
     backend: Literal["auto", "reference", "torch", "triton", "apex", "megatron"] = Field(
         "auto",
-        description="auto takes for each operation the backend that is fastest on the device; others run what they "
-        "have, and auto's the rest. Megatron's GELU is the tanh form.",
+        description="auto takes for each operation the backend that is fastest on the device, on CUDA by prediction; "
+        "others run what they have, and auto's the rest. Megatron's GELU is the tanh form.",
     )
     compile_layers: bool = Field(False, description="Compile what follows attention in a layer; kept in run.dir.")

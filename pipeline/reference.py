@@ -14,6 +14,8 @@ _HEAD = f"""# Every key of a config
 Made from the schema by `{COMMAND}`; do not edit. How a file is read
 stands in [README.md](README.md).
 
+The sections `data`, `model` (`model: {{}}` will do), `train` and `optimizer` must be there; the others may be left out.
+
 The last column says what a change does to a run that exists already:
 
 - **science** of a stage: the result changes. Under a name that has outputs of that stage it is refused, and the

@@ -1,5 +1,5 @@
 #!/bin/bash
-# Can this cluster be trusted? Fifteen minutes on two nodes, before a long run:
+# Can this cluster be trusted? Asked on two nodes, before a long run; fifteen minutes are expected, 40 are the limit:
 #     sbatch slurm/acceptance.sh [CONFIG] [key=value ...]
 # Needs no corpus. The verdict is the last line of the log, the report lies in <run.dir>/acceptance.
 # Flags before the script's name replace header lines: sbatch --account=A --nodes=8 --gpus-per-node=4 ...
