@@ -67,6 +67,13 @@ def test_another_stage_has_other_losses(train) -> None:
     assert not watch.observe(entries(500.0, name="train/generator_mlm_loss")[0])
 
 
+def test_a_line_without_a_loss_is_no_other_stage(train) -> None:
+    """Every step of the interval was skipped; the lines before are still what later ones are compared with."""
+    watch = SpikeWatch(train, entries(*STEADY))
+    assert watch.observe({"step": 7, "train/grad_norm": None, "train/skipped_steps": 1}) == ""
+    assert "loss spike" in watch.observe(entries(12.0)[0])
+
+
 def test_it_can_be_switched_off(config_path: Path) -> None:
     assert said(load_config(config_path, ("train.spike_threshold=null",)).train, 1e9) == [""]
 
