@@ -133,6 +133,11 @@ class Training:
         """The first step follows."""
         self.ledger.reached(self.state.step, is_first=True)
         logger.info("start-up took %.1f s; training from step %d", self.ledger.startup_s, self.state.step)
+        if self.config.train.check_replicas_every and self.engine.stage == 3 and self.process.rank == 0:
+            logger.warning(
+                "train.check_replicas_every=%d compares nothing under ZeRO 3, where each process holds other weights; "
+                "set it to null, or take ZeRO 0 to 2", self.config.train.check_replicas_every,
+            )  # fmt: skip
         self.enter("start", self.state.step + 1)
 
     def close(self) -> None:
@@ -319,7 +324,7 @@ class Training:
         if not is_possible:
             logger.warning("no checkpoint of this run is from before the spike: training goes on")
             return
-        raise StartAgainError("rows after a loss spike are left out from now on; training goes on from before it")
+        raise StartAgainError("rows after a loss spike are left out now; the same command goes on from before it")
 
     def compare_replicas(self) -> None:
         """Compares the weights of all processes, where all hold the same ones.
@@ -337,7 +342,7 @@ class Training:
             names = ", ".join(f"rank {rank} on {found[rank][1]}" for rank in ranks)
             raise StartAgainError(
                 f"after step {self.state.step:,} the weights of {names} differ from the others': silent corruption; "
-                "nothing of it is saved, and training goes on from the last checkpoint. Have the node tested"
+                "nothing of it is saved, the same command goes on from the last checkpoint. Have the node tested"
             )
 
     def settle(self, allowed_failures: int = 0) -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from pipeline import checkpoint as checkpoints
 from pipeline.config_file import load_config
-from pipeline.errors import DamagedError
+from pipeline.errors import ConfigError, DamagedError
 from pipeline.spikes import (
     SkippedRows,
     SpikeWatch,
@@ -78,6 +78,11 @@ def test_it_can_be_switched_off(config_path: Path) -> None:
     assert said(load_config(config_path, ("train.spike_threshold=null",)).train, 1e9) == [""]
 
 
+def test_going_back_before_what_is_never_found_is_refused(config_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"spike_rollbacks=2 goes back .*spike_threshold=null none is found; set"):
+        load_config(config_path, ("train.spike_threshold=null", "train.spike_rollbacks=2"))
+
+
 def test_rows_that_are_left_out() -> None:
     skips = [SkippedRows(10, 4), SkippedRows(20, 3)]
     assert [step_of_rows(step, skips) for step in (0, 9, 10, 19, 20, 30)] == [0, 9, 14, 23, 27, 37]
@@ -134,6 +139,7 @@ def test_a_run_goes_back_by_itself_and_reads_other_rows(config_path: Path, elect
     easily = ["train.spike_threshold=1e-9", "train.spike_rollbacks=1"]
     ended = electra(*arguments, "run.name=jumpy", *easily, code=93).stderr
     assert "loss spike: " in ended and "going back to step" in ended
+    assert "the same command goes on from before it" in ended  # slurm/_common.sh looks for that
     assert "another loss spike after train.spike_rollbacks=1" in ended
     folder = config_path.parent / "out/runs/jumpy/pretrain"
     (skip,) = json.loads((folder / "skipped_rows.json").read_text())
