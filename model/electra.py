@@ -238,9 +238,11 @@ class Electra(nn.Module):
     def mlm_loss(
         self, generated: Generated, batch: MicroBatch, counts: GlobalCounts
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The generator's maximum likelihood loss, weighted, and its sums."""
+        """The generator's maximum likelihood loss, weighted, and its sums; a control has no loss to learn from."""
         predictions = generated.predictions
         sums = generator_sums(predictions.nll_N, predictions.is_correct_N, generated.weights_N, _is_concealed(batch))
+        if self.generator_head is None:
+            return torch.zeros_like(predictions.loss), sums | {"resting": sums["masked"]}
         return self.objective.generator_loss_weight * predictions.loss / counts.masked, sums
 
     def policy_loss(

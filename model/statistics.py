@@ -19,7 +19,7 @@ FIELDS = (
     "generator_correct",
     "concealed",            # selected positions where the masked language model does not see the original
     "concealed_nll",        # the same sum on those alone
-    "resting",              # selected positions of a generator that learns nothing
+    "resting",              # selected positions of a generator that learns nothing: a frozen one, or a control
     "tokens",
     "replaced",             # tokens that differ from the original
     "detected",             # tokens that count in the detection's loss
@@ -64,7 +64,10 @@ class Statistics:
     def metrics(
         self, generator_weight: float, discriminator_weight: float, prediction_weight: float = 1.0
     ) -> dict[str, float]:
-        """Ratios by the names under which they are logged; those without a denominator are left out."""
+        """Ratios by the names under which they are logged; those without a denominator are left out.
+
+        ``train/total_loss`` is what is trained on; it is left out where no loss was counted.
+        """
         s: dict[str, float] = dict(zip(FIELDS, self.sums.tolist(), strict=True))
         ratios = {
             "generator_mlm_loss": ("generator_nll", "masked"),
@@ -84,11 +87,12 @@ class Statistics:
         }
         found = {name: s[above] / s[below] for name, (above, below) in ratios.items() if s[below]}
         generator = ("policy_loss", "baseline_loss") if s["rewarded"] else ("generator_mlm_loss",)
-        learning_share = 1 - s["resting"] / s["masked"] if s["masked"] else 1.0
-        total = generator_weight * learning_share * sum(found.get(name, 0.0) for name in generator)
-        total += discriminator_weight * found.get("discriminator_rtd_loss", 0.0)
-        total += prediction_weight * found.get("prediction_loss", 0.0)
-        return {f"train/{name}": value for name, value in ({"total_loss": total} | found).items()}
+        learning_share = 1 - s["resting"] / s["masked"] if s["masked"] else 0.0
+        weights = dict.fromkeys(generator, generator_weight * learning_share) if learning_share else {}
+        weights |= {"discriminator_rtd_loss": discriminator_weight, "prediction_loss": prediction_weight}
+        terms = [weight * found[name] for name, weight in weights.items() if name in found]
+        total = {"total_loss": sum(terms)} if terms else {}
+        return {f"train/{name}": value for name, value in (total | found).items()}
 
 
 @torch.no_grad()

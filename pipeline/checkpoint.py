@@ -18,6 +18,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
@@ -81,7 +82,7 @@ class Retention:
     Attributes:
         newest: So many of the newest.
         every: Those of steps that it divides; None: none for that.
-        best: The one with the lowest ``score`` in its state.
+        best: The one with the lowest ``score`` in its state, of those with the last one's ``scored_rows``.
         before: The newest that is so many steps older than the newest of all, and the next one, which will be
             that; None: none for that.
     """
@@ -235,8 +236,7 @@ def _prune(folder: Path, retention: Retention) -> None:
     if retention.every:
         kept |= {step for step in steps if step % retention.every == 0}
     if retention.best:
-        scores = {step: score for step in steps if (score := _score(folder, step)) is not None and isfinite(score)}
-        kept |= {min(scores, key=scores.__getitem__)} if scores else set()
+        kept |= _best(folder, steps)
     if retention.before:
         limit = steps[-1] - retention.before
         kept |= set([step for step in steps if step <= limit][-1:] + [step for step in steps if step > limit][:1])
@@ -248,11 +248,18 @@ def _prune(folder: Path, retention: Retention) -> None:
             shutil.rmtree(doomed)
 
 
-def _score(folder: Path, step: int) -> float | None:
-    try:
-        return json.loads((step_folder(folder, step) / STATE).read_text(encoding="utf-8")).get("score")
-    except (OSError, ValueError):  # damaged: loading will say so
-        return None
+def _best(folder: Path, steps: list[int]) -> set[int]:
+    """The step with the lowest score, of those that were scored on the same rows as the last one; none without any."""
+    scores: dict[int, tuple[str | None, float]] = {}
+    for step in steps:
+        with suppress(OSError, ValueError):  # damaged: loading will say so
+            state = json.loads((step_folder(folder, step) / STATE).read_text(encoding="utf-8"))
+            if state.get("score") is not None and isfinite(state["score"]):
+                scores[step] = state.get("scored_rows"), state["score"]
+    if not scores:
+        return set()
+    last = scores[max(scores)][0]
+    return {min((step for step in scores if scores[step][0] == last), key=lambda step: scores[step][1])}
 
 
 def remove_unfinished(folder: Path) -> None:

@@ -243,16 +243,7 @@ class Config(Section):
                 f"objective.generator_steps={generator_steps} leaves no step of train.steps={train.steps} to the "
                 "discriminator; lower it"
             )
-        if train.held_out_every is not None and train.held_out_every % train.log_every:
-            raise ValueError(
-                f"train.held_out_every={train.held_out_every} is not a multiple of train.log_every={train.log_every}; "
-                "the scores join a logged step"
-            )
-        if train.keep_best and (train.held_out_every is None or train.checkpoint_every % train.held_out_every):
-            raise ValueError(
-                f"train.keep_best=true keeps checkpoints of steps that were scored: train.held_out_every="
-                f"{train.held_out_every} must divide train.checkpoint_every={train.checkpoint_every}"
-            )
+        self._check_scores()
         begin, end = train.profile_steps or (1, 2)
         if not begin < end <= train.steps + 1:
             raise ValueError(
@@ -282,6 +273,31 @@ class Config(Section):
                 f"model.max_positions={self.model.max_positions}; lower the one or raise the other"
             )
         return self
+
+    def _check_scores(self) -> None:
+        """What is kept by held-out scores, or left out by losses, needs them."""
+        train = self.train
+        if train.held_out_every is not None and train.held_out_every % train.log_every:
+            raise ValueError(
+                f"train.held_out_every={train.held_out_every} is not a multiple of train.log_every={train.log_every}; "
+                "the scores join a logged step"
+            )
+        if train.keep_best and (train.held_out_every is None or train.checkpoint_every % train.held_out_every):
+            raise ValueError(
+                f"train.keep_best=true keeps checkpoints of steps that were scored: train.held_out_every="
+                f"{train.held_out_every} must divide train.checkpoint_every={train.checkpoint_every}"
+            )
+        nothing = "train.held_out_rows=0" if train.held_out_rows == 0 else "data.held_out_fraction=0"
+        if train.keep_best and 0 in (train.held_out_rows, self.data.held_out_fraction):
+            raise ValueError(
+                f"train.keep_best=true keeps what scores best on held-out rows, and {nothing} leaves none to score; "
+                "raise it, or set train.keep_best=false"
+            )
+        if train.spike_rollbacks and train.spike_threshold is None:
+            raise ValueError(
+                f"train.spike_rollbacks={train.spike_rollbacks} goes back before a loss spike, and with "
+                "train.spike_threshold=null none is found; set a threshold, or train.spike_rollbacks=0"
+            )
 
     def _check_budget(self) -> None:
         if self.train.flops is None:

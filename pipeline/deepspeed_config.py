@@ -105,6 +105,7 @@ def _relied_on(config: Config, plan: Plan, stage: int) -> dict[str, Any]:
         "train_batch_size": plan.micro_batch_rows * plan.accumulation_steps * plan.world_size,
         "gradient_clipping": 0.0 if clips_itself else config.optimizer.gradient_clip,
         "bf16.enabled": precision == "bf16",
+        "bf16.check_grad_overflow": True,  # else ZeRO 1 and 2 apply gradients with NaN in bf16
         "fp16.enabled": precision == "fp16",
         "data_types.grad_accum_dtype": accumulation_dtype,
         # Else bf16 gradients are summed over processes in bf16, and the result depends on their number.

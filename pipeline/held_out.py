@@ -1,10 +1,12 @@
 """How good both networks are on text that was never trained on, with the figures to beat."""
 
+import hashlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from data_shards.loader import KeyedRows, held_out_rows
@@ -24,7 +26,11 @@ SEED = 20200323
 
 
 class HeldOut:
-    """``train.held_out_rows`` held-out rows, with fixed masks."""
+    """``train.held_out_rows`` held-out rows, with fixed masks.
+
+    Attributes:
+        digest: Of these rows and their masks' keys, the same on every process; None when there are none.
+    """
 
     def __init__(
         self, config: Config, plan: Plan, engine: Engine, folders: list[Path], weights: list[float], process: Process,
@@ -33,16 +39,17 @@ class HeldOut:
         self._config, self._plan, self._engine, self._folders, self._weights = config, plan, engine, folders, weights
         self._process, self._control, self._device = process, control, device
         self._keyed = held_out_rows(folders, weights, config.data.sequence_length, config.train.held_out_rows, SEED)
+        self.digest = _digest_of(self._keyed) if self._keyed else None
         self._unigram_entropy: float | None = None
 
-    def score(self, trains: Trains = "both", mark: Callable[[], None] = lambda: None) -> dict[str, float]:
+    def score(self, trains: Trains, mark: Callable[[], None] = lambda: None) -> dict[str, float]:
         """Scores both networks, without dropout; the generator alone while it is trained alone.
 
         The masked language model's loss counts positions that hide the original alone: to copy an unmasked
         token proves nothing.
 
         Args:
-            trains: Which network is trained now.
+            trains: Which network is trained now, or was at the end.
             mark: Is called before each micro-batch, as often on every process.
 
         Returns:
@@ -100,6 +107,12 @@ class HeldOut:
             found = unigram_entropy(self._folders, self._weights, self._plan.vocab_size) if is_first else None
             self._unigram_entropy = float(self._control.broadcast(found))
         return self._unigram_entropy
+
+
+def _digest_of(keyed: KeyedRows) -> str:
+    """Sixteen hexadecimal digits: scores of other rows are no measure for these."""
+    content = np.ascontiguousarray(keyed.keys).tobytes() + np.ascontiguousarray(keyed.rows.token_ids).tobytes()
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def auc_with_standard_error(scores_N: torch.Tensor, is_positive_N: torch.Tensor) -> tuple[float, float]:

@@ -91,13 +91,13 @@ def run_pretrain(config: Config, record: StageRecord, process: Process) -> None:
         try:
             _train(run, batches, held_out, stop)
             run.enter("held_out", run.state.step)
-            record.metrics = held_out.score(mark=partial(watch.mark, "held_out", run.state.step))
+            record.metrics = held_out.score(run.trains, partial(watch.mark, "held_out", run.state.step))
         except RuntimeError as error:
             raise lost_peer(error, process, run.step) or error from None
         finally:
             run.close()
     record.metrics_step = run.state.step
-    _report_held_out(record.metrics)
+    _report_held_out(config, record.metrics)
     if process.rank == 0:
         newest = checkpoints.load(folder / "checkpoints", run.state.step)
         record.output = {"checkpoint_step": run.state.step, "checkpoint_sha256": newest.digest}
@@ -196,9 +196,9 @@ def _train_step(run: Training, prefetcher: Prefetcher, held_out: HeldOut, stop: 
         scores = {}
         if every and step % every == 0:
             run.enter("held_out", step)
-            scores = held_out.score(stage.trains, partial(run.watch.mark, "held_out", step))
+            scores = held_out.score(run.trains, partial(run.watch.mark, "held_out", step))
         run.enter("log", step)
-        run.log(result, lr, scores)
+        run.log(result, lr, scores, held_out.digest)
     every = config.train.check_replicas_every
     if every and step % every == 0:
         run.compare_replicas()
@@ -297,9 +297,20 @@ def _check_disk(folder: Path, plan: Plan, control: Control) -> None:
         raise ConfigError(problem)
 
 
-def _report_held_out(metrics: dict[str, float]) -> None:
+def _why_nothing_is_scored(config: Config) -> str:
+    if config.train.held_out_rows == 0:
+        return "train.held_out_rows=0"
+    if config.data.held_out_fraction == 0:
+        return "data.held_out_fraction=0"
+    return (
+        f"what data.held_out_fraction={config.data.held_out_fraction:g} holds out is less than two rows of "
+        f"{config.data.sequence_length} tokens in every shard; raise it, or data.task_bytes, in a new run"
+    )
+
+
+def _report_held_out(config: Config, metrics: dict[str, float]) -> None:
     if not metrics:
-        logger.info("nothing is held out (data.held_out_fraction), so nothing is scored")
+        logger.info("nothing is scored: %s", _why_nothing_is_scored(config))
         return
     text = "held-out: loss on [MASK] %.3f nats (unigram entropy %.3f)"
     shown = [metrics.get("held_out/mask_token_loss", math.nan), metrics["held_out/unigram_entropy"]]

@@ -37,9 +37,10 @@ class Progress:
 
     def report(self, entry: Entry, remaining_s: float) -> None:
         """Shows a journal entry."""
-        loss, rate = entry["train/total_loss"], entry["speed/tokens_per_s"]
+        loss, rate = entry.get("train/total_loss"), entry["speed/tokens_per_s"]
         if self._bar:
-            self._bar.update(self._task, loss=f"loss {loss:.3f}", rate=f"{rate:,.0f} tokens/s")
+            shown = "" if loss is None else f"loss {loss:.3f}"
+            self._bar.update(self._task, loss=shown, rate=f"{rate:,.0f} tokens/s")
         parts = [
             f"{label} {entry[name]:{form}}"
             for label, name, form in _SHOWN

@@ -56,6 +56,8 @@ class SpikeWatch:
 
     def observe(self, entry: Entry) -> str:
         """Takes in a line; says what is wrong with it, or nothing. A spike is no measure for later lines."""
+        if "train/total_loss" not in entry:  # every step was skipped: nothing to judge, nothing to judge others by
+            return ""
         kind = tuple(sorted(name for name in entry if name.startswith("train/") and name.endswith("_loss")))
         if kind != self._kind:  # another stage of two_stage: another loss
             self._losses.clear()

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, get_args
 
 import torch
 
+from model.objective import Trains
 from model.statistics import Statistics
 from pipeline import checkpoint as checkpoints
 from pipeline.config import Config
@@ -46,6 +47,7 @@ class TrainingState:
         trained_s: Seconds spent in steps, over all attempts, without waiting for a checkpoint's copy.
         open_sums: Statistics since the last journal entry.
         score: Held-out loss at this very step, where it was taken.
+        scored_rows: Digest of the rows that it is of: other rows, other scores.
         loss_scale: State of fp16's loss scale.
     """
 
@@ -55,6 +57,7 @@ class TrainingState:
     trained_s: float = 0.0
     open_sums: list[float] = field(default_factory=_no_sums)
     score: float | None = None
+    scored_rows: str | None = None
     loss_scale: dict[str, float] | None = None
 
     @property
@@ -130,6 +133,11 @@ class Training:
         """The first step follows."""
         self.ledger.reached(self.state.step, is_first=True)
         logger.info("start-up took %.1f s; training from step %d", self.ledger.startup_s, self.state.step)
+        if self.config.train.check_replicas_every and self.engine.stage == 3 and self.process.rank == 0:
+            logger.warning(
+                "train.check_replicas_every=%d compares nothing under ZeRO 3, where each process holds other weights; "
+                "set it to null, or take ZeRO 0 to 2", self.config.train.check_replicas_every,
+            )  # fmt: skip
         self.enter("start", self.state.step + 1)
 
     def close(self) -> None:
@@ -140,6 +148,11 @@ class Training:
         self.engine.before_change = lambda: None
         self.progress.close()
         self.ledger.write()
+
+    @property
+    def trains(self) -> Trains:
+        """Who learned in the last update, or will in the first."""
+        return stage_at(self.config, max(0, self.state.applied_steps - 1)).trains
 
     @property
     def is_logged(self) -> bool:
@@ -177,11 +190,18 @@ class Training:
                 f"(run.name=NEW run.fork_from={self.config.run.name}@STEP)"
             )
 
-    def log(self, result: StepResult, lr: float, held_out: dict[str, float]) -> None:
-        """Writes the means since the last entry to the journal and shows them."""
+    def log(self, result: StepResult, lr: float, held_out: dict[str, float], scored_rows: str | None) -> None:
+        """Writes the means since the last entry to the journal and shows them.
+
+        Args:
+            result: Of the step behind us.
+            lr: Its learning rate.
+            held_out: Scores after it, if they were taken.
+            scored_rows: Digest of the held-out rows.
+        """
         self._fold()
-        trains = stage_at(self.config, max(0, self.state.applied_steps - 1)).trains
-        self.state.score = held_out.get("held_out/total_loss") if trains != "generator" else None
+        self.state.score = held_out.get("held_out/total_loss") if self.trains != "generator" else None
+        self.state.scored_rows = scored_rows
         state, plan, objective = self.state, self.plan, self.config.objective
         sums = Statistics(torch.tensor(state.open_sums, dtype=torch.float64))
         steps, seconds = state.step - self._logged_step, state.trained_s - self._logged_s
@@ -304,7 +324,7 @@ class Training:
         if not is_possible:
             logger.warning("no checkpoint of this run is from before the spike: training goes on")
             return
-        raise StartAgainError("rows after a loss spike are left out from now on; training goes on from before it")
+        raise StartAgainError("rows after a loss spike are left out now; the same command goes on from before it")
 
     def compare_replicas(self) -> None:
         """Compares the weights of all processes, where all hold the same ones.
@@ -322,7 +342,7 @@ class Training:
             names = ", ".join(f"rank {rank} on {found[rank][1]}" for rank in ranks)
             raise StartAgainError(
                 f"after step {self.state.step:,} the weights of {names} differ from the others': silent corruption; "
-                "nothing of it is saved, and training goes on from the last checkpoint. Have the node tested"
+                "nothing of it is saved, the same command goes on from the last checkpoint. Have the node tested"
             )
 
     def settle(self, allowed_failures: int = 0) -> None:

@@ -255,7 +255,7 @@ name_lost_node() {
   local failed='srun: error: (Node failure on ([^ ]+)|([^][ :]+): task [0-9]+: )'
   [[ -f $log ]] || return 0
   while IFS= read -r line; do
-    if [[ $line == *"training goes on from"* ]]; then return; fi # all ended together, and say why themselves
+    if [[ $line == *"the same command goes on from"* ]]; then return; fi # all ended together, and say why themselves
     if [[ $line =~ $judged ]]; then node=${BASH_REMATCH[2]} && break; fi
     if [[ -z $node && $line =~ $failed ]]; then node=${BASH_REMATCH[2]}${BASH_REMATCH[3]}; fi
   done < <(tail --bytes=+$((log_bytes + 1)) -- "$log")

@@ -396,16 +396,27 @@ def test_a_control_scores_rows_with_fewer_tokens_than_positions(build_model, bui
         ({"training": "adversarial"}, "both"),
         ({"training": "two_stage", "generator_width": 1.0}, "generator"),
         ({"training": "two_stage", "generator_width": 1.0}, "discriminator"),
+        ({"generator": "uniform"}, "both"),
+        ({"generator": "uniform", "name": "replace_mlm"}, "both"),
     ],
 )
 def test_the_total_loss_that_is_logged_is_the_one_that_is_trained(build_model, batch, changes, trains):
     model = build_model(generator_loss_weight=0.3, **changes)
+    model.set_control(torch.zeros(50).log_softmax(0))
     objective, counts = model.objective, GlobalCounts(float(batch.num_masked), batch.num_tokens)
     loss, sums, _, _ = model(batch, counts, trains)
     metrics = Statistics(sums).metrics(
         objective.generator_loss_weight, objective.discriminator_loss_weight, objective.prediction_loss_weight
     )
     assert metrics["train/total_loss"] == pytest.approx(float(loss), rel=1e-5)
+
+
+def test_what_a_control_says_is_scored_and_not_trained_on(build_model, batch):
+    model = build_model(generator="uniform")
+    model.set_control(torch.zeros(50).log_softmax(0))
+    metrics = Statistics(model(batch, COUNTS)[1]).metrics(1.0, 50.0)
+    assert metrics["train/generator_mlm_loss"] == pytest.approx(math.log(50))
+    assert metrics["train/total_loss"] == pytest.approx(50 * metrics["train/discriminator_rtd_loss"])
 
 
 def test_a_lucky_sample_is_no_replacement_even_where_it_is_labelled_as_one(build_model, build_batch):

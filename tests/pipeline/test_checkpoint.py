@@ -26,8 +26,10 @@ def snapshot_of(value: float) -> Snapshot:
     return snapshot
 
 
-def save(folder: Path, step: int, score: float | None = None, **retention: Any) -> checkpoints.Checkpoint:
-    state = {"step": step, "score": score}
+def save(
+    folder: Path, step: int, score: float | None = None, rows: str | None = None, **retention: Any
+) -> checkpoints.Checkpoint:
+    state = {"step": step, "score": score} | ({"scored_rows": rows} if rows else {})
     return checkpoints.save(folder, state, snapshot_of(step), checkpoints.Retention(**retention))
 
 
@@ -155,6 +157,15 @@ def test_some_steps_stay_for_ever_and_so_does_the_best(tmp_path: Path) -> None:
     assert checkpoints.list_steps(tmp_path) == [3, 4, 7]
     save(tmp_path, 8, 1.4, newest=1, every=4, best=True)
     assert checkpoints.list_steps(tmp_path) == [4, 8]
+
+
+def test_the_best_is_one_of_those_scored_on_the_rows_that_were_scored_last(tmp_path: Path) -> None:
+    stays = []
+    scored = ((1.0, None), (3.0, "a"), (2.0, "a"), (2.5, "a"), (None, "b"), (9.0, "b"), (9.5, "b"))
+    for step, (score, rows) in enumerate(scored, 1):  # the first without a word of which rows, as once was
+        save(tmp_path, step, score, rows, newest=1, best=True)
+        stays.append(checkpoints.list_steps(tmp_path))
+    assert stays == [[1], [2], [3], [3, 4], [3, 5], [6], [6, 7]]
 
 
 def test_one_stays_from_before_the_line_of_a_spike(tmp_path: Path) -> None:

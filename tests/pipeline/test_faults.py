@@ -12,7 +12,7 @@ import pytest
 from pipeline import checkpoint as checkpoints
 from pipeline.errors import ConfigError
 from pipeline.faults import Fault, Faults, parse_faults
-from tests.conftest import Electra
+from tests.conftest import Electra, read_journal
 
 
 def test_what_a_fault_says() -> None:
@@ -90,6 +90,8 @@ def test_a_checkpoint_that_a_bad_step_puts_off_is_made_after_the_next_good_one(
     assert "step 4: NaN or inf in the gradients" in said
     folder = shared_config.parent / "out/runs" / name / "pretrain/checkpoints"
     assert checkpoints.list_steps(folder) == [5, 8]
+    losses = [entry.get("train/total_loss") for entry in read_journal(shared_config.parent / "out", name)]
+    assert [number for number, loss in enumerate(losses, 1) if loss is None] == [4]  # 0.0 would be the lowest of all
 
 
 def test_lack_of_memory_on_a_rank_ends_the_run_and_says_what_to_set(shared_config: Path, electra: Electra) -> None:

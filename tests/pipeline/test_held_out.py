@@ -67,13 +67,32 @@ class GuessingEngine:
 def score(
     config_path: Path, engine: Any, folder: Path, held_out_rows: int, *overrides: str, process: Process = ONE
 ) -> dict[str, float]:
-    """``HeldOut.score`` in one process, which has nothing to agree on."""
+    return held_out_of(config_path, engine, folder, held_out_rows, *overrides, process=process).score("both")
+
+
+def held_out_of(
+    config_path: Path, engine: Any, folder: Path, held_out_rows: int, *overrides: str, process: Process = ONE
+) -> HeldOut:
+    """In one process, which has nothing to agree on."""
     config = load_config(config_path, (f"train.held_out_rows={held_out_rows}", *overrides))
     control: Any = SimpleNamespace(
         sum_tensor=lambda values: values, gather=lambda value: [value], broadcast=lambda value: value, is_first=True
     )
     plan = make_plan(config, 1, VOCAB_SIZE)
-    return HeldOut(config, plan, engine, [folder], [1.0], process, control, "cpu").score()
+    return HeldOut(config, plan, engine, [folder], [1.0], process, control, "cpu")
+
+
+def test_other_rows_have_another_digest_whoever_reads_them(config_path: Path, tmp_path: Path) -> None:
+    rows = padded_rows(8)
+    folder = write_folder(tmp_path / "text", rows, rows)
+    other = write_folder(tmp_path / "other", rows, rows[:, ::-1].copy())
+    second = Process(rank=1, world_size=2)
+    digest = held_out_of(config_path, None, folder, 4).digest
+    assert digest is not None and len(digest) == 16
+    assert held_out_of(config_path, None, folder, 4, "train.micro_batch_size=1", process=second).digest == digest
+    cases = [(path, count) for path in (folder, other) for count in (4, 8)]
+    assert len({held_out_of(config_path, None, *case).digest for case in cases}) == 4
+    assert held_out_of(config_path, None, folder, 0).digest is None
 
 
 def test_padding_does_not_count_for_the_auc(config_path: Path, tmp_path: Path) -> None:

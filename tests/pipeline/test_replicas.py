@@ -42,5 +42,13 @@ def test_a_flipped_bit_is_found_and_nothing_of_it_stays(config_path: Path, elect
     electra(*arguments, "run.name=sound")
     done = electra(*arguments, "run.name=hit", ELECTRA_FAULT="flip@step=8,rank=1,attempt=1")
     assert "after step 8 the weights of rank 0 on " in done.stderr and ", rank 1 on " in done.stderr
+    assert "the same command goes on from the last checkpoint" in done.stderr  # slurm/_common.sh looks for that
     assert "restored step 5" in done.stderr
     assert same_run(*(read_journal(config_path.parent / "out", name) for name in ("sound", "hit")))
+
+
+@pytest.mark.distributed
+def test_it_is_said_once_that_zero_3_has_nothing_to_compare(config_path: Path, electra: Electra) -> None:
+    short = ["run", config_path, "train.steps=1", "train.check_replicas_every=1", "launch.processes=2"]
+    said = electra(*short, f"deepspeed.config={REPOSITORY / 'configs/deepspeed/zero3.json'}").stderr
+    assert said.count("train.check_replicas_every=1 compares nothing under ZeRO 3") == 1

@@ -7,7 +7,7 @@ import pytest
 
 from pipeline import checkpoint as checkpoints
 from pipeline.config_file import load_config
-from pipeline.errors import DamagedError
+from pipeline.errors import ConfigError, DamagedError
 from pipeline.spikes import (
     SkippedRows,
     SpikeWatch,
@@ -67,8 +67,20 @@ def test_another_stage_has_other_losses(train) -> None:
     assert not watch.observe(entries(500.0, name="train/generator_mlm_loss")[0])
 
 
+def test_a_line_without_a_loss_is_no_other_stage(train) -> None:
+    """Every step of the interval was skipped; the lines before are still what later ones are compared with."""
+    watch = SpikeWatch(train, entries(*STEADY))
+    assert watch.observe({"step": 7, "train/grad_norm": None, "train/skipped_steps": 1}) == ""
+    assert "loss spike" in watch.observe(entries(12.0)[0])
+
+
 def test_it_can_be_switched_off(config_path: Path) -> None:
     assert said(load_config(config_path, ("train.spike_threshold=null",)).train, 1e9) == [""]
+
+
+def test_going_back_before_what_is_never_found_is_refused(config_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"spike_rollbacks=2 goes back .*spike_threshold=null none is found; set"):
+        load_config(config_path, ("train.spike_threshold=null", "train.spike_rollbacks=2"))
 
 
 def test_rows_that_are_left_out() -> None:
@@ -127,6 +139,7 @@ def test_a_run_goes_back_by_itself_and_reads_other_rows(config_path: Path, elect
     easily = ["train.spike_threshold=1e-9", "train.spike_rollbacks=1"]
     ended = electra(*arguments, "run.name=jumpy", *easily, code=93).stderr
     assert "loss spike: " in ended and "going back to step" in ended
+    assert "the same command goes on from before it" in ended  # slurm/_common.sh looks for that
     assert "another loss spike after train.spike_rollbacks=1" in ended
     folder = config_path.parent / "out/runs/jumpy/pretrain"
     (skip,) = json.loads((folder / "skipped_rows.json").read_text())

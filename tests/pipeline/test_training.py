@@ -64,3 +64,24 @@ def test_held_out_scores_are_due_at_logged_steps_only(config_path):
         load_config(config_path, ("train.keep_best=true", "train.held_out_every=10", "train.checkpoint_every=15"))
     with pytest.raises(ConfigError, match="held_out_every=7 is not a multiple of train"):
         load_config(config_path, ("train.held_out_every=7", "train.log_every=5"))
+
+
+@pytest.mark.parametrize("none", ["train.held_out_rows=0", "data.held_out_fraction=0"])
+def test_the_best_cannot_be_kept_without_held_out_rows(config_path, none):
+    best = ("train.keep_best=true", "train.held_out_every=5")
+    load_config(config_path, best)
+    with pytest.raises(ConfigError, match=f"{none} leaves none to score; raise it, or set train.keep_best=false"):
+        load_config(config_path, (*best, none))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "why"),
+    [
+        (("train.held_out_rows=0",), "train.held_out_rows=0"),
+        (("data.held_out_fraction=0",), "data.held_out_fraction=0"),
+        (("data.held_out_fraction=0.001",), "what data.held_out_fraction=0.001 holds out is less than two rows of 32"),
+    ],
+)
+def test_it_is_said_why_nothing_is_scored(config_path, electra, overrides, why):
+    said = electra("run", config_path, "train.steps=1", *overrides).stderr
+    assert f"nothing is scored: {why}" in said

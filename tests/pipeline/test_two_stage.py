@@ -1,11 +1,14 @@
 """Two stages: who learns when, what the discriminator starts from, and that nothing else changes."""
 
+import json
+
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from pipeline.config_file import load_config
 from pipeline.two_stage import Stage, generators_weights, stage_at
+from tests.conftest import read_journal
 
 TWO_STAGE = ("objective.training=two_stage", "model.generator_width=1")
 
@@ -36,10 +39,12 @@ def test_the_discriminator_starts_from_what_the_generator_has_of_it():
 def test_the_stages_follow_each_other_and_the_resting_network_rests(electra, shared_config, stage, processes):
     run = (f"run.name=two_stage_{stage}", *TWO_STAGE, "train.steps=8", "train.checkpoint_every=2",
            "train.keep_checkpoints=9", f"deepspeed.config=configs/deepspeed/zero{stage}.json",
-           f"launch.processes={processes}", "optimizer.warmup_steps=0", "optimizer.bias_correction=true")  # fmt: skip
+           f"launch.processes={processes}", "optimizer.warmup_steps=0", "optimizer.bias_correction=true",
+           "train.held_out_every=2", "train.keep_best=true")  # fmt: skip
     electra("tokenize", shared_config, *run)
     electra("pretrain", shared_config, *run)
     folder = shared_config.parent / f"out/runs/two_stage_{stage}/pretrain/checkpoints"
+    check_scores(folder, read_journal(shared_config.parent / "out", f"two_stage_{stage}"))
     at = {step: load_file(folder / f"step_{step:08d}/weights.safetensors") for step in (2, 4, 6, 8)}
     moments = {step: load_file(folder / f"step_{step:08d}/optimizer.safetensors") for step in (2, 4, 6, 8)}
 
@@ -64,6 +69,16 @@ def test_the_stages_follow_each_other_and_the_resting_network_rests(electra, sha
             earlier, later = (moments[step][f"{kind}/{name}"] for step in ((4, 8) if rests else (2, 4)))
             assert torch.equal(earlier, later), name
             assert rests or not later.any(), name
+
+
+def check_scores(folder, journal):
+    """Held-out rows are scored by the stage that a step belongs to, the last step's too, and of one set."""
+    states = [json.loads((folder / f"step_{step:08d}/state.json").read_text()) for step in (2, 4, 6, 8)]
+    losses = [entry.get("held_out/total_loss") for entry in journal[1::2]]
+    assert [state["score"] for state in states] == [None, None, *losses[2:]]
+    assert len({state["scored_rows"] for state in states}) == 1 and states[0]["scored_rows"]
+    record = json.loads((folder.parent / "stage.json").read_text())
+    assert record["metrics"]["held_out/total_loss"] == losses[-1]
 
 
 def test_two_stages_cannot_be_entered_on_the_way(electra, shared_config):

@@ -140,6 +140,16 @@ def test_acceptance_is_never_requeued(login: Login):
         assert done.stdout.count("acceptance is never requeued") == 1
 
 
+def test_ranks_that_end_together_to_start_again_have_no_failed_node(login: Login):
+    together = "electra: after step 8 the weights differ; the same command goes on from the last checkpoint.\n"
+    srun = "srun: error: n2: task 1: Exited with exit code 1\n"
+    script = f'source "{SLURM}/_common.sh"; log=log; name_lost_node'
+    for said, is_named in ((together + srun, False), (srun, True)):
+        (login.folder / "log").write_text(said)
+        done = login.run(["bash", "-c", script], SLURM_JOB_ID="77")
+        assert ("node n2 failed first" in done.stdout) == is_named, done.stdout
+
+
 @pytest.mark.parametrize(("stage", "most"), [("tokenize", 20), ("pretrain", 100), ("evaluate", 20)])
 def test_requeues_have_a_bound_in_every_stage(stage: str, most: int, login: Login):
     env = {"STUB_srun": STOPS_AT_USR2} | NO_QUICK_CHECK
