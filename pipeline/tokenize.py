@@ -183,8 +183,7 @@ def _obtain_tokenizer(config: Config, record: StageRecord) -> Tokenizer:
     Of several processes each trains it, and the first to finish has made it for all: to wait for one of them
     would be to wait for ever if that one never gets its turn.
     """
-    given, corpora, weights = config.tokenizer.path, corpora_of(config), [c.weight for c in config.data.corpora]
-    held_out = config.data.held_out_fraction
+    given, held_out = config.tokenizer.path, config.data.held_out_fraction
     settings = TokenizerSettings(
         kind=config.tokenizer.kind,
         vocab_size=config.tokenizer.vocab_size,
@@ -193,18 +192,25 @@ def _obtain_tokenizer(config: Config, record: StageRecord) -> Tokenizer:
         sample_bytes=config.tokenizer.sample_bytes,
         sample_seed=config.tokenizer.sample_seed,
     )
+    digests = record.inputs["text"]
+    listed = [(corpus, about.weight, digests[corpus.name])
+              for corpus, about in zip(corpora_of(config), config.data.corpora, strict=True)]  # fmt: skip
+    # By content: the result must not depend on the order in the file. In earlier versions it did.
+    texts = sorted(listed, key=lambda text: (text[2], text[0].name))
     if given:
-        inputs = given_tokenizer_inputs(record.inputs["tokenizer_file"], given.suffix, config.tokenizer.lowercase)
+        inputs = [given_tokenizer_inputs(record.inputs["tokenizer_file"], given.suffix, config.tokenizer.lowercase)]
     else:
-        digests = [record.inputs["text"][corpus.name] for corpus in corpora]
-        inputs = tokenizer_inputs(settings, corpora, weights, digests, held_out)
-    folder = config.run.dir / "tokenizers" / content_key(inputs)
-    if folder.is_dir():
-        return Tokenizer(folder)
+        inputs = [tokenizer_inputs(settings, order, held_out) for order in (listed, texts)]
+    folders = [config.run.dir / "tokenizers" / content_key(each) for each in inputs]
+    for folder in folders:
+        if folder.is_dir():
+            return Tokenizer(folder)
+    folder = folders[-1]
     if given:
         install(folder, given, config.tokenizer.lowercase)
     else:
         logger.info("tokenizer: training %s with %s ids", settings.kind, f"{settings.vocab_size:,}")
+        corpora, weights = [corpus for corpus, _, _ in texts], [weight for _, weight, _ in texts]
         with WorkerPool(1) as pool:  # a stop need not wait for it
             pool.wait([pool.submit(make_trained, folder, settings, corpora, weights, held_out)])
     return Tokenizer(folder)
