@@ -19,15 +19,16 @@ from data_shards.corpus import Corpus, huge_files_warning, plan_tasks
 from data_shards.digest import corpus_digest, digest_file
 from data_shards.keys import content_key, given_tokenizer_inputs, shard_inputs, tokenizer_inputs
 from data_shards.store import MANIFEST, Layout, Manifest, read_manifest
-from data_shards.tokenizer import Tokenizer
+from data_shards.tokenizer import LIBRARY_NAME, MODEL_NAME, Tokenizer
 from data_shards.tokenizer_files import TokenizerSettings, install, make_trained
 from data_shards.workers import WorkerPool
+from pipeline import checkpoint as checkpoints
 from pipeline.config import Config
 from pipeline.distributed import STOP_SIGNALS, Process, discover_process, ignore_stop_signals, place_in_array
 from pipeline.errors import ConfigError, StoppedEarly
 from pipeline.keys import science_of
 from pipeline.log import logger
-from pipeline.stages import StageRecord, read_record, stage_folder
+from pipeline.stages import StageRecord, locate_tokenized, read_record, read_record_file, stage_folder
 
 _PROGRESS_INTERVAL_S = 10.0
 
@@ -104,6 +105,7 @@ def run_tokenize(config: Config, record: StageRecord, share: Share) -> None:
         signal.signal(number, _stop)
     digests = record.inputs["text"]
     tokenizer = _obtain_tokenizer(config, record)
+    _check_parents_tokenizer(config, tokenizer)
     logger.info("tokenizer: %s, %s ids", tokenizer.folder, f"{tokenizer.vocab_size:,}")
 
     manifests: list[tuple[Path, Manifest]] = []
@@ -214,6 +216,24 @@ def _obtain_tokenizer(config: Config, record: StageRecord) -> Tokenizer:
         with WorkerPool(1) as pool:  # a stop need not wait for it
             pool.wait([pool.submit(make_trained, folder, settings, corpora, weights, held_out)])
     return Tokenizer(folder)
+
+
+def _check_parents_tokenizer(config: Config, tokenizer: Tokenizer) -> None:
+    """A fork goes on with its parent's ids; without this, that would be found out when all text is tokenized."""
+    if not config.run.fork_from or checkpoints.list_steps(stage_folder(config, "pretrain") / "checkpoints"):
+        return
+    parent = config.run.dir / "runs" / config.run.fork_from.partition("@")[0]
+    trained, made = (read_record_file(parent / stage / "stage.json") for stage in ("pretrain", "tokenize"))
+    if trained is None or trained.inputs["tokenizer"] == tokenizer.digest:
+        return
+    remedy = " to that one"
+    if made and made.output.get("tokenizer_sha256") == trained.inputs["tokenizer"]:
+        folder = Path(locate_tokenized(config, made.output)["tokenizer"])
+        remedy = f"={folder / (MODEL_NAME if (folder / MODEL_NAME).exists() else LIBRARY_NAME)}"
+    raise ConfigError(
+        f"run.fork_from={config.run.fork_from}: that run has another tokenizer than {tokenizer.folder}, so its ids "
+        f"mean other words; set tokenizer.path{remedy}"
+    )
 
 
 def _check_shards_dir_tokenizer(config: Config, corpus: Corpus, tokenizer: Tokenizer) -> None:
