@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -21,18 +22,14 @@ def content_key(inputs: dict[str, Any]) -> str:
 
 
 def tokenizer_inputs(
-    settings: TokenizerSettings,
-    corpora: list[Corpus],
-    weights: list[float],
-    digests: list[str],
-    held_out_fraction: float,
+    settings: TokenizerSettings, texts: Sequence[tuple[Corpus, float, str]], held_out_fraction: float
 ) -> dict[str, Any]:
-    """All that a trained tokenizer's bytes depend on; ``digests`` are those of the corpora."""
+    """All that a trained tokenizer's bytes depend on; ``texts``: each corpus, its weight and its digest, in order."""
     return {
         "code": TOKENIZER_CODE_VERSION,
         "settings": asdict(settings),
-        "corpora": [_corpus_inputs(*pair) for pair in zip(corpora, digests, strict=True)],
-        "weights": weights if len(weights) > 1 else [1],
+        "corpora": [_corpus_inputs(corpus, digest) for corpus, _, digest in texts],
+        "weights": [weight for _, weight, _ in texts] if len(texts) > 1 else [1],
         "held_out_fraction": held_out_fraction,
     }
 

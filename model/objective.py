@@ -26,6 +26,15 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 """Values of ``objective.*`` that ``recipe`` sets where a file does not."""
 
+SHARING_FOLLOWS_FROM = ("name", "training", "generator")
+"""Keys of ``objective`` that ``default_sharing`` reads."""
+
+
+def default_sharing(objective: dict[str, Any]) -> Sharing:
+    """``objective.sharing`` where it is not given: embeddings, or none where tables cannot be shared."""
+    alone = objective.get("name") == "mlm" or objective.get("generator", "network") != "network"
+    return "none" if alone or objective.get("training") == "two_stage" else "embeddings"
+
 
 class ObjectiveConfig(Section):
     """What is trained, and on what."""
@@ -101,10 +110,7 @@ class ObjectiveConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _share_nothing_where_nothing_can_be(cls, given: Any) -> Any:
-        if not isinstance(given, dict):
-            return given
-        alone = given.get("name") == "mlm" or given.get("generator", "network") != "network"
-        return ({"sharing": "none"} if alone or given.get("training") == "two_stage" else {}) | given
+        return {"sharing": default_sharing(given)} | given if isinstance(given, dict) else given
 
     @property
     def has_generator(self) -> bool:

@@ -58,7 +58,9 @@ class CorpusConfig(Section):
     format: Literal["text", "jsonl", "parquet", "arrow"] = Field("text", description="Format of the files.")
     text_column: str = Field("text", description="Field with the text, unless the format is text.")
     documents: Literal["line", "blank_line", "file"] = Field("blank_line", description="What ends a document.")
-    weight: float = Field(1.0, gt=0, description="Share of training rows, relative to the other corpora.")
+    weight: float = Field(
+        1.0, gt=0, description="Share of training rows and of a trained tokenizer's text, relative to other corpora."
+    )
 
     @model_validator(mode="after")
     def _one_source(self) -> "CorpusConfig":

@@ -16,6 +16,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError
 
 from model.config import SIZES
+from model.objective import RECIPES, SHARING_FOLLOWS_FROM, default_sharing
 from pipeline.config import Config, RunConfig
 from pipeline.config_train import MOST_FLOPS, MOST_STEPS
 from pipeline.errors import ConfigError, UsageError
@@ -79,8 +80,9 @@ def load_configs(path: str | Path, overrides: tuple[str, ...] = ()) -> list[Conf
         given = values.get("run")
         if wanted is not None and wanted != (given.get("variant") if isinstance(given, dict) else None):
             raise ConfigError(f"run.variant={wanted}: {path} has no variants; leave it out")
-        _drop_old_size(values, sources, {}, overrides)
-        return [_validate(*_overridden(values, sources, overrides))]
+        overridden = _overridden(values, sources, overrides)
+        _drop_what_followed((values, sources), overridden)
+        return [_validate(*overridden)]
     names = choose_variants(variants, wanted, path)
     return [_load_variant(path, values, sources, name, variants[name], overrides) for name in names]
 
@@ -88,32 +90,42 @@ def load_configs(path: str | Path, overrides: tuple[str, ...] = ()) -> list[Conf
 def _load_variant(
     path: Path, values: Values, sources: Sources, name: str, changes: Values, overrides: tuple[str, ...]
 ) -> Config:
+    file = values, sources
     values, sources = copy.deepcopy(values), dict(sources)
-    _drop_old_size(values, sources, changes, overrides)
     for key, value in changes.items():
         place = f"{sources[f'variants.{name}.{key}']}: variant {name}"
         _set_value(values, sources, key, value, place, path.resolve().parent)
     values, sources = _overridden(values, sources, overrides)
+    _drop_what_followed(file, (values, sources))
     run = values.setdefault("run", {})
     if isinstance(run, dict):
         run |= {"name": f"{run.get('name', RunConfig.model_fields['name'].default)}-{name}", "variant": name}
     return _validate(values, sources, f"{sources[f'variants.{name}']}: variant {name}: ")
 
 
-def _drop_old_size(values: Values, sources: Sources, changes: Values, overrides: tuple[str, ...]) -> None:
-    """Where another ``model.size`` is asked for, drops what the file says of the dimensions of its own.
+def _drop_what_followed(file: tuple[Values, Sources], changed: tuple[Values, Sources]) -> None:
+    """Drops from ``changed`` what the file says of keys that follow from others, where those are others now.
 
-    A resolved config states them all. What differs from the published values is deliberate and stays.
+    A resolved config states them all. What differs from what followed is deliberate and stays; so does what was
+    set together with the change.
     """
-    asked = [text for key, _, text in (override.partition("=") for override in overrides) if key == "model.size"]
-    new = asked[-1] if asked else changes.get("model.size")
-    model = values.get("model")
-    if not isinstance(model, dict) or new not in SIZES or new == model.get("size"):
-        return
-    for key, published in SIZES.get(str(model.get("size")), {}).items():
-        if model.get(key) == published:
-            del model[key]
-            sources.pop(f"model.{key}", None)
+    (stated, places), (values, sources) = file, changed
+    now = _following(values)
+    for (section, key), value in _following(stated).items():
+        part = values.get(section)
+        is_files = all(sources.get(name) == places.get(name) for name in (section, f"{section}.{key}"))
+        if is_files and isinstance(part, dict) and now.get((section, key), value) != value == part.get(key):
+            del part[key]
+
+
+def _following(values: Values) -> dict[tuple[str, str], Any]:
+    """The values that keys have unless they are given: those that follow from others which ``values`` state."""
+    model, objective = (part if isinstance(part, dict) else {} for part in map(values.get, ("model", "objective")))
+    following = {("model", key): value for key, value in SIZES.get(str(model.get("size")), {}).items()}
+    following |= {("objective", key): value for key, value in RECIPES.get(str(values.get("recipe")), {}).items()}
+    if any(key in objective for key in SHARING_FOLLOWS_FROM):
+        following["objective", "sharing"] = default_sharing(objective)
+    return following
 
 
 def _overridden(values: Values, sources: Sources, overrides: tuple[str, ...]) -> tuple[Values, Sources]:

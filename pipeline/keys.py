@@ -75,8 +75,9 @@ _FOLDERS = ("train.initial_discriminator", "train.initial_generator", "evaluate.
 def science_of(config: Config, stage: str) -> dict[str, Any]:
     """The science keys of a stage and their values, as JSON types.
 
-    Corpora enter the tokenize stage by what they are; their weights belong to
-    pretraining. Files enter by content, so paths and names do not appear here.
+    Corpora enter the tokenize stage by what they are; their weights belong to pretraining, and to
+    tokenize where they share out the text that a tokenizer is trained on. Files enter by content, so
+    paths and names do not appear here.
     """
     flat = config.flat()
     science = {key: flat[key] for key in SCIENCE[stage] if key not in ("data.corpora", "tokenizer.path")}
@@ -85,15 +86,25 @@ def science_of(config: Config, stage: str) -> dict[str, Any]:
         for corpus in config.data.corpora:
             about = corpus.model_dump(mode="json", exclude={"name", "path", "weight"})
             science |= {f"data.corpora.{corpus.name}.{key}": value for key, value in about.items()}
+        science |= weights_of_training_text(config)
         science["tokenizer.path"] = config.tokenizer.path is not None
         if config.data.layout == "paper":  # its rows are made by tokenize
             paper = ("data.layout", "data.sequence_length", "run.seed")
             science |= {key: flat[key] for key in paper}
     if stage == "pretrain":
-        science |= {f"data.corpora.{corpus.name}.weight": corpus.weight for corpus in config.data.corpora}
+        science |= _weights(config)
         if config.objective.loss_normalization == "micro_batch":  # what is averaged within
             science["train.micro_batch_size"] = config.train.micro_batch_size
     return science
+
+
+def weights_of_training_text(config: Config) -> dict[str, Any]:
+    """The weights as science of tokenize: none where no tokenizer is trained, or on one corpus alone."""
+    return {} if config.tokenizer.path or len(config.data.corpora) == 1 else _weights(config)
+
+
+def _weights(config: Config) -> dict[str, Any]:
+    return {f"data.corpora.{corpus.name}.weight": corpus.weight for corpus in config.data.corpora}
 
 
 def _content_of(config: Config, key: str) -> Any:

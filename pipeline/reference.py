@@ -48,7 +48,7 @@ def make_reference() -> str:
 def kind_of(key: str) -> str:
     """What a change of the key does, in the words of ``pipeline.keys``."""
     if key == "data.corpora[].weight":  # belongs to the stage that mixes the corpora
-        return "science of pretrain"
+        return "science of pretrain; of tokenize where several corpora train a tokenizer"
     if key in NUMERICS:
         return "numerics"
     listed = key.partition("[]")[0]

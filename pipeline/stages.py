@@ -27,7 +27,7 @@ from pipeline.config import Config, flatten
 from pipeline.config_file import dump_yaml, load_config
 from pipeline.errors import ConfigError, DamagedError
 from pipeline.goodput import read_attempts
-from pipeline.keys import science_of
+from pipeline.keys import science_of, weights_of_training_text
 from pipeline.log import logger
 from pipeline.sign_of_life import describe_owner, find_other, is_at_work, sign_of_life
 
@@ -99,6 +99,8 @@ def read_record(config: Config, stage: str) -> StageRecord | None:
     record = read_record_file(stage_folder(config, stage) / "stage.json")
     if record and stage == "tokenize":
         record.output = locate_tokenized(config, record.output)
+        # Records of earlier versions are without weights; pretrain's has them, so a change does not go unseen.
+        record.inputs["science"] = weights_of_training_text(config) | record.inputs["science"]
     return record
 
 

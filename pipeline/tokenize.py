@@ -19,15 +19,16 @@ from data_shards.corpus import Corpus, huge_files_warning, plan_tasks
 from data_shards.digest import corpus_digest, digest_file
 from data_shards.keys import content_key, given_tokenizer_inputs, shard_inputs, tokenizer_inputs
 from data_shards.store import MANIFEST, Layout, Manifest, read_manifest
-from data_shards.tokenizer import Tokenizer
+from data_shards.tokenizer import LIBRARY_NAME, MODEL_NAME, Tokenizer
 from data_shards.tokenizer_files import TokenizerSettings, install, make_trained
 from data_shards.workers import WorkerPool
+from pipeline import checkpoint as checkpoints
 from pipeline.config import Config
 from pipeline.distributed import STOP_SIGNALS, Process, discover_process, ignore_stop_signals, place_in_array
 from pipeline.errors import ConfigError, StoppedEarly
 from pipeline.keys import science_of
 from pipeline.log import logger
-from pipeline.stages import StageRecord, read_record, stage_folder
+from pipeline.stages import StageRecord, locate_tokenized, read_record, read_record_file, stage_folder
 
 _PROGRESS_INTERVAL_S = 10.0
 
@@ -104,6 +105,7 @@ def run_tokenize(config: Config, record: StageRecord, share: Share) -> None:
         signal.signal(number, _stop)
     digests = record.inputs["text"]
     tokenizer = _obtain_tokenizer(config, record)
+    _check_parents_tokenizer(config, tokenizer)
     logger.info("tokenizer: %s, %s ids", tokenizer.folder, f"{tokenizer.vocab_size:,}")
 
     manifests: list[tuple[Path, Manifest]] = []
@@ -183,8 +185,7 @@ def _obtain_tokenizer(config: Config, record: StageRecord) -> Tokenizer:
     Of several processes each trains it, and the first to finish has made it for all: to wait for one of them
     would be to wait for ever if that one never gets its turn.
     """
-    given, corpora, weights = config.tokenizer.path, corpora_of(config), [c.weight for c in config.data.corpora]
-    held_out = config.data.held_out_fraction
+    given, held_out = config.tokenizer.path, config.data.held_out_fraction
     settings = TokenizerSettings(
         kind=config.tokenizer.kind,
         vocab_size=config.tokenizer.vocab_size,
@@ -193,21 +194,46 @@ def _obtain_tokenizer(config: Config, record: StageRecord) -> Tokenizer:
         sample_bytes=config.tokenizer.sample_bytes,
         sample_seed=config.tokenizer.sample_seed,
     )
+    digests = record.inputs["text"]
+    listed = [(corpus, about.weight, digests[corpus.name])
+              for corpus, about in zip(corpora_of(config), config.data.corpora, strict=True)]  # fmt: skip
+    # By content: the result must not depend on the order in the file. In earlier versions it did.
+    texts = sorted(listed, key=lambda text: (text[2], text[0].name))
     if given:
-        inputs = given_tokenizer_inputs(record.inputs["tokenizer_file"], given.suffix, config.tokenizer.lowercase)
+        inputs = [given_tokenizer_inputs(record.inputs["tokenizer_file"], given.suffix, config.tokenizer.lowercase)]
     else:
-        digests = [record.inputs["text"][corpus.name] for corpus in corpora]
-        inputs = tokenizer_inputs(settings, corpora, weights, digests, held_out)
-    folder = config.run.dir / "tokenizers" / content_key(inputs)
-    if folder.is_dir():
-        return Tokenizer(folder)
+        inputs = [tokenizer_inputs(settings, order, held_out) for order in (listed, texts)]
+    folders = [config.run.dir / "tokenizers" / content_key(each) for each in inputs]
+    for folder in folders:
+        if folder.is_dir():
+            return Tokenizer(folder)
+    folder = folders[-1]
     if given:
         install(folder, given, config.tokenizer.lowercase)
     else:
         logger.info("tokenizer: training %s with %s ids", settings.kind, f"{settings.vocab_size:,}")
+        corpora, weights = [corpus for corpus, _, _ in texts], [weight for _, weight, _ in texts]
         with WorkerPool(1) as pool:  # a stop need not wait for it
             pool.wait([pool.submit(make_trained, folder, settings, corpora, weights, held_out)])
     return Tokenizer(folder)
+
+
+def _check_parents_tokenizer(config: Config, tokenizer: Tokenizer) -> None:
+    """A fork goes on with its parent's ids; without this, that would be found out when all text is tokenized."""
+    if not config.run.fork_from or checkpoints.list_steps(stage_folder(config, "pretrain") / "checkpoints"):
+        return
+    parent = config.run.dir / "runs" / config.run.fork_from.partition("@")[0]
+    trained, made = (read_record_file(parent / stage / "stage.json") for stage in ("pretrain", "tokenize"))
+    if trained is None or trained.inputs["tokenizer"] == tokenizer.digest:
+        return
+    remedy = " to that one"
+    if made and made.output.get("tokenizer_sha256") == trained.inputs["tokenizer"]:
+        folder = Path(locate_tokenized(config, made.output)["tokenizer"])
+        remedy = f"={folder / (MODEL_NAME if (folder / MODEL_NAME).exists() else LIBRARY_NAME)}"
+    raise ConfigError(
+        f"run.fork_from={config.run.fork_from}: that run has another tokenizer than {tokenizer.folder}, so its ids "
+        f"mean other words; set tokenizer.path{remedy}"
+    )
 
 
 def _check_shards_dir_tokenizer(config: Config, corpus: Corpus, tokenizer: Tokenizer) -> None:

@@ -6,10 +6,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from model.config import SIZES
-from model.objective import RECIPES, ObjectiveConfig
+from model.objective import RECIPES, SHARING_FOLLOWS_FROM, default_sharing
 from pipeline.comparison.run import Run, as_text
 from pipeline.keys import EXECUTION, NUMERICS, SCIENCE
 
@@ -26,7 +24,7 @@ _CHOSEN = {
 }
 """Keys that may be automatic, and under which name the stage records what was chosen."""
 
-_SHARING_FOLLOWS = ("objective.name", "objective.training", "objective.generator")
+_SHARING_FOLLOWS = tuple(f"objective.{name}" for name in SHARING_FOLLOWS_FROM)
 
 Settings = dict[str, str]
 
@@ -152,11 +150,8 @@ def _cause(key: str, changed: set[str], all_settings: Sequence[Settings]) -> str
 
 def _has_usual_sharing(own: Settings) -> bool:
     """Whether sharing is what the schema fills in where a file does not say."""
-    given = {key.partition(".")[2]: own[key] for key in _SHARING_FOLLOWS if key in own}
-    try:
-        return own["objective.sharing"] == ObjectiveConfig.model_validate(given).sharing
-    except ValidationError:  # of a version with other values
-        return False
+    given = {name: own[key] for name, key in zip(SHARING_FOLLOWS_FROM, _SHARING_FOLLOWS, strict=True) if key in own}
+    return own["objective.sharing"] == default_sharing(given)
 
 
 def _possible_causes(key: str, changed: set[str]) -> Iterable[str]:

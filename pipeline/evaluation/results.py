@@ -53,12 +53,13 @@ def gather(config: Config, units: list[Unit], record: StageRecord) -> Results:
         metrics = [done[unit]["metrics"] for unit in by_point[point]]
         tasks[task.name] = {name: summarize([values[name] for values in metrics]) for name in metrics[0]}
     first = {name: chosen[0] for name, chosen in chosen_units.items()}
+    in_average = {name: tasks[name] for name, unit in first.items() if unit.task.config.in_glue_average}
     return {
         **_about(config, pretrained),
         "fingerprint": record.fingerprint,
         "tasks": tasks,
         "score": {name: unit.task.config.metrics[0] for name, unit in first.items()},
-        "glue_average": glue_average(tasks),
+        "glue_average": glue_average(in_average),
         "recipes": {name: unit.recipe.to_dict() for name, unit in first.items()},
         "seeds": {name: [unit.seed for unit in chosen] for name, chosen in chosen_units.items()},
         "units": {"done": len(done), "of": len(units)},
@@ -120,7 +121,7 @@ def set_aside_others(folder: Path, fingerprint: str) -> None:
         return
     for name in ("results.json", "results.md"):
         path = folder / name
-        if path.exists():
+        with suppress(FileNotFoundError):  # none there, or another element of an array was first
             os.replace(path, path.with_name(f"{path.stem}.before{path.suffix}"))
 
 

@@ -114,6 +114,8 @@ def _notes(results: Mapping[str, Any]) -> Iterable[str]:
     missing = [column.heading for column in GLUE_COLUMNS if _median(tasks, column) is None]
     if 0 < len(missing) < len(GLUE_COLUMNS):
         yield f"No GLUE average: {', '.join(missing)} missing."
+    elif not missing and results.get("glue_average") is None:
+        yield "No GLUE average: not all of the eight tasks' files say `in_glue_average: true`."
     if "wnli" in tasks:
         yield "WNLI is not part of the GLUE average, as in the paper."
     for task, grid in results.get("grid", {}).items():

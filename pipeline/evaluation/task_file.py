@@ -90,7 +90,7 @@ class TaskConfig(Section):
     metrics: tuple[Metric, ...] = Field(("accuracy",), min_length=1, description="The first one is the task's score.")
     symmetric: bool = Field(False, description="Whether the two texts can change places.")
     mnli_init: bool = Field(False, description="Whether evaluate.mnli_init is for this task.")
-    in_glue_average: bool = Field(False, description="Whether the task is one of the eight of the GLUE average.")
+    in_glue_average: bool = Field(False, description="Whether a task of the eight counts in the GLUE average.")
     bad_rows: Literal["error", "skip"] = Field("error", description="What to do with a labelled row that is broken.")
     tag_scheme: Literal["as_given", "bioes"] = Field("as_given", description="Tags that are trained.")
     no_answer: bool = Field(False, description="Whether questions may have no answer, as in SQuAD 2.0.")

@@ -146,7 +146,6 @@ def test_a_fork_counts_its_parents_steps_as_they_were(
     [
         (["model.hidden_layers=1"], "is of another model: discriminator.layers.1"),
         (["model.hidden_size=16", "model.feed_forward_size=32"], "is of another model"),
-        (["tokenizer.lowercase=false"], "another tokenizer"),
         (["train.steps=2"], "leaves nothing to train"),
     ],
 )
@@ -154,6 +153,16 @@ def test_fork_of_another_model_is_refused(done: Path, electra: Electra, override
     name = f"run.name=fork-{overrides[0].replace('.', '-').replace('=', '-')}"
     refused = electra("run", done, name, "run.fork_from=chain@2", *STEPS, *overrides, code=78).stderr
     assert message in refused
+
+
+def test_fork_with_another_tokenizer_is_refused_before_its_text_is_tokenized(done: Path, electra: Electra) -> None:
+    """The message names what to set: with that the same command goes on."""
+    fork = ["run", done, "run.name=fork-tokenizer", "run.fork_from=chain@2", *STEPS, "tokenizer.lowercase=false"]
+    refused = electra(*fork, code=78).stderr
+    assert "run.fork_from=chain@2: that run has another tokenizer" in refused
+    assert len(list((done.parent / "out/shards").iterdir())) == 1
+    remedy = next(word for word in refused.split() if word.startswith("tokenizer.path="))
+    assert "restored step 2 from" in electra(*fork, remedy).stderr
 
 
 def test_evaluating_another_model_than_was_pretrained_is_refused(done: Path, electra: Electra, write_task) -> None:

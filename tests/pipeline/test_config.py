@@ -157,6 +157,46 @@ def test_another_size_takes_the_dimensions_of_a_resolved_config_along(tmp_path: 
     assert load_config(resolved, ("run.variant=a",)).model == base.model
 
 
+@pytest.mark.parametrize(
+    ("of_file", "change", "follows"),
+    [
+        ("recipe=fixed", "recipe=released", ("with_replacement", "micro_batch", "embeddings")),
+        ("recipe=released", "recipe=fixed", ("distinct", "global", "embeddings")),
+        ("objective.name=mlm", "objective.name=electra", ("distinct", "global", "embeddings")),
+        ("objective.name=electra", "objective.name=mlm", ("distinct", "global", "none")),
+        ("objective.training=two_stage", "objective.training=joint", ("distinct", "global", "embeddings")),
+        ("objective.generator=network", "objective.generator=unigram", ("distinct", "global", "none")),
+    ],
+)
+def test_what_follows_from_a_key_of_a_resolved_config_changes_with_it(
+    tmp_path: Path, of_file: str, change: str, follows: tuple[str, str, str]
+) -> None:
+    resolved = tmp_path / "resolved.yaml"
+    equal = "model.generator_width=1"  # for two_stage
+    resolved.write_text(dump_yaml(load_config(SMALL, (of_file, equal))))
+    changed = load_config(resolved, (change,))
+    assert changed == load_config(SMALL, (of_file, equal, change))
+    objective = changed.objective
+    assert (objective.position_sampling, objective.loss_normalization, objective.sharing) == follows
+    key, _, value = change.partition("=")
+    resolved.write_text(f"{resolved.read_text()}variants: {{other: {{{key}: {value}}}}}\n")
+    assert load_config(resolved, ("run.variant=other",)).objective == objective
+
+
+def test_what_was_set_beside_a_key_of_a_resolved_config_stays(tmp_path: Path) -> None:
+    resolved = tmp_path / "resolved.yaml"
+    resolved.write_text(dump_yaml(load_config(SMALL, ("objective.loss_normalization=micro_batch",))))
+    released = load_config(resolved, ("objective.position_sampling=distinct", "recipe=released")).objective
+    assert (released.position_sampling, released.loss_normalization) == ("distinct", "micro_batch")
+    assert load_config(resolved, ("recipe=fixed", "objective.name=electra")) == load_config(resolved)
+    with pytest.raises(ConfigError, match="recipe='paper': "):
+        load_config(resolved, ("recipe=paper",))
+    resolved.write_text(dump_yaml(load_config(SMALL, ("objective.name=mlm",))))
+    assert load_config(resolved, ("objective={name: electra, sharing: none}",)).objective.sharing == "none"
+    resolved.write_text(dump_yaml(load_config(SMALL, ("objective.sharing=gdes", "model.generator_width=1"))))
+    assert load_config(resolved, ("objective.training=two_stage",)).objective.sharing == "gdes"
+
+
 def test_every_key_stands_in_exactly_one_list() -> None:
     listed = [key for keys in (*SCIENCE.values(), NUMERICS, EXECUTION) for key in keys]
     assert sorted(listed) == sorted(known_keys())

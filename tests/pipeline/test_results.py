@@ -1,6 +1,7 @@
 """What units say together, and outcomes: points of a grid, submissions, scores, offsets, windows, null scores."""
 
 import json
+import os
 import unicodedata
 from dataclasses import replace
 from pathlib import Path
@@ -16,9 +17,11 @@ from model.finetuning import LinearHead
 from pipeline.config import Config
 from pipeline.config_file import load_config
 from pipeline.evaluation.features import collate
+from pipeline.evaluation.paper import GLUE_COLUMNS
 from pipeline.evaluation.pretrained import Pretrained
 from pipeline.evaluation.results import gather, set_aside_others, write_submissions
 from pipeline.evaluation.stored import read_results
+from pipeline.evaluation.table import markdown_table
 from pipeline.evaluation.tasks import Task
 from pipeline.evaluation.text import TextProcessor
 from pipeline.evaluation.units import Unit
@@ -143,6 +146,20 @@ def test_the_best_seed_of_the_chosen_point_is_submitted(config: Config, units: l
     assert [path.name for path in folder.iterdir()] == ["my_own.zip"]  # not written here
 
 
+@pytest.mark.parametrize("rte_counts", [True, False])
+def test_the_glue_average_is_of_tasks_that_say_so(config: Config, tmp_path: Path, rte_counts: bool) -> None:
+    pretrained, units = pretrained_in(tmp_path), []
+    for name, metric in [(column.task, column.metric) for column in GLUE_COLUMNS] + [("mine", "accuracy")]:
+        task = task_in(tmp_path / name, name=name, in_glue_average=rte_counts or name != "rte")
+        units.append(Unit(pretrained, task, recipe(), "", 1, tmp_path / "units" / name, name))
+        units[-1].folder.mkdir(parents=True)
+        metrics = {"accuracy": 0.5, metric: 0.1 if name == "mine" else 0.5}
+        write_json(units[-1].folder / "result.json", {"fingerprint": name, "metrics": metrics})
+    results = gather(config, units, RECORD)
+    assert results["glue_average"] == (0.5 if rte_counts else None)
+    assert ("say `in_glue_average: true`" in markdown_table(results, "small")) != rte_counts
+
+
 def test_f1_is_that_of_the_positive_class(tmp_path: Path) -> None:
     rows = [{"id": str(n), "a": "abc", "label": label} for n, label in enumerate("yyxx")]
     outputs = ["y", "x", "y", "y"]
@@ -219,6 +236,20 @@ def test_results_of_other_inputs_are_set_aside(tmp_path: Path) -> None:
     }  # fmt: skip
     assert json.loads((tmp_path / "results.before.json").read_text()) == content
     assert (tmp_path / "results.before.md").read_text() == "table"
+
+
+def test_another_element_of_an_array_may_set_them_aside_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("results.json", "results.md"):
+        (tmp_path / name).write_text("{}")
+    replace_file = os.replace
+
+    def overtaken(source: Path, target: Path) -> None:
+        replace_file(source, target)
+        replace_file(source, target)
+
+    monkeypatch.setattr(os, "replace", overtaken)
+    set_aside_others(tmp_path, "others")
+    assert {path.name for path in tmp_path.iterdir()} == {"results.before.json", "results.before.md"}
 
 
 @pytest.fixture(scope="module")

@@ -1,16 +1,23 @@
 """The tokenize stage as its users meet it: killed, out of space, with several processes at once."""
 
+import json
 import os
 import random
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from data_shards.build import Share
+from data_shards.keys import content_key, tokenizer_inputs
+from data_shards.tokenizer_files import TokenizerSettings
+from pipeline.config_file import load_config
+from pipeline.keys import science_of
+from pipeline.tokenize import corpora_of, tokenize_inputs
 from tests.conftest import Electra, clean_environment, command, make_text
 
 TASK_BYTES = 100_000
@@ -142,10 +149,7 @@ def test_text_that_changes_meanwhile_is_published_under_no_key(arguments, text, 
 
 
 def test_a_late_element_of_an_array_does_not_undo_what_is_done(arguments, electra, tmp_path, monkeypatch):
-    import json
-
     from pipeline import chain
-    from pipeline.config_file import load_config
     from pipeline.distributed import Process
     from pipeline.errors import StoppedEarly
 
@@ -239,6 +243,63 @@ def test_adding_a_corpus_or_changing_a_weight_tokenizes_nothing_again(
     assert len(list(tmp_path.glob("shards/*/MANIFEST.json"))) == 2
 
 
+@pytest.fixture(scope="module")
+def halves(corpus_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
+    """Two corpora as an override, in an order, with weights."""
+    folder, text = tmp_path_factory.mktemp("halves"), corpus_path.read_text()
+    (folder / "a.txt").write_text(text[: len(text) // 2])
+    (folder / "b.txt").write_text(text[len(text) // 2 :])
+
+    def override(order: str = "ab", **weights: float) -> str:
+        about = [{"name": name, "path": f"{folder}/{name}.txt", "weight": weights.get(name, 1)} for name in order]
+        return f"data.corpora={json.dumps(about)}"
+
+    return override
+
+
+def tokenizers_in(run_dir: Path) -> set[str]:
+    return {path.name for path in (run_dir / "tokenizers").iterdir()}
+
+
+def test_the_order_of_the_corpora_does_not_matter_to_the_tokenizer(electra, config_path, halves):
+    electra("tokenize", config_path, halves("ab", b=2))
+    (folder,) = (config_path.parent / "out/tokenizers").iterdir()
+    said = electra("tokenize", config_path, halves("ba", b=2), "run.name=other").stderr
+    assert "tokens are there already" in said and tokenizers_in(config_path.parent / "out") == {folder.name}
+    # One that was made when the order mattered, under the key of the other order, is used as it is.
+    config = load_config(config_path, (halves("ab", b=2),))
+    digests = tokenize_inputs(config, Share())["text"]
+    settings = TokenizerSettings("sentencepiece_unigram", 300, True, 0.9995, 256 * 2**20)
+    texts = list(zip(corpora_of(config), (1.0, 2.0), digests.values(), strict=True))
+    orders = {"ab": texts, "ba": texts[::-1]}
+    keys = {order: content_key(tokenizer_inputs(settings, texts, 0.05)) for order, texts in orders.items()}
+    (order,) = (order for order, key in keys.items() if key != folder.name)
+    folder.rename(folder.with_name(keys[order]))
+    said = electra("tokenize", config_path, halves(order, b=2), "run.name=third").stderr
+    assert "tokens are there already" in said and tokenizers_in(config_path.parent / "out") == {keys[order]}
+
+
+def test_a_weight_is_science_of_a_tokenizer_that_is_trained_on_several_corpora(electra, config_path, halves):
+    run = config_path.parent / "out/runs/tiny/tokenize/stage.json"
+    electra("tokenize", config_path, halves())
+    assert "run     changed: data.corpora.a.weight: 1.0 -> 3.0" in plan(electra, config_path, halves(a=3))
+    assert "reuse   up to date" in plan(electra, config_path, halves("ba"))
+    record = json.loads(run.read_text())  # of an earlier version
+    assert [record["inputs"]["science"].pop(f"data.corpora.{name}.weight") for name in "ab"] == [1, 1]
+    run.write_text(json.dumps(record))
+    assert "reuse   up to date" in plan(electra, config_path, halves())
+    electra("pretrain", config_path, halves(), "train.steps=1")
+    refused = electra("run", config_path, halves(a=3), "train.steps=1", code=78).stderr
+    assert "data.corpora.a.weight: 1.0 -> 3.0" in refused
+    given = f"tokenizer.path={record['output']['tokenizer']}/tokenizer.model"
+    science = [science_of(load_config(config_path, (halves(a=a), given)), "tokenize") for a in (1, 3)]
+    assert science[0] == science[1]
+
+
+def plan(electra: Electra, *arguments: object) -> str:
+    return electra("run", *arguments, "--until", "tokenize", "--plan").stdout
+
+
 def test_progress_has_speed_and_time_left(arguments, electra, tmp_path):
     said = electra("tokenize", *arguments, f"run.dir={tmp_path}", "data.num_workers=1").stderr
     lines = [line for line in said.splitlines() if " tasks, " in line]
@@ -249,8 +310,6 @@ def test_progress_has_speed_and_time_left(arguments, electra, tmp_path):
 
 def test_every_format_and_kind_of_tokenizer_from_the_command_line(electra, shared_config, corpus_path, tmp_path):
     """A WordPiece vocabulary, lines of jsonl, and the paper's rows."""
-    import json
-
     words = sorted(set(corpus_path.read_text().lower().replace(".", " ").split()))
     (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", ".", *words]) + "\n")
     documents = corpus_path.read_text().split("\n\n")
