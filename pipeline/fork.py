@@ -51,7 +51,8 @@ def load_parent(config: Config, is_first: bool) -> checkpoints.Checkpoint:
     record, own = read_record_file(parent / "stage.json"), read_record(config, "pretrain")
     if record and own and record.inputs["tokenizer"] != own.inputs["tokenizer"]:
         raise ConfigError(
-            f"run.fork_from={config.run.fork_from}: that run has another tokenizer; its ids mean other words"
+            f"run.fork_from={config.run.fork_from}: that run has another tokenizer; its ids mean other words; set "
+            "tokenizer.path to that run's"
         )
     science = record.inputs["science"] if record else {}
     _check_network(config, science)
