@@ -2,6 +2,7 @@
 
 import mmap
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,11 +43,19 @@ class RowsBefore:
         step: From this one on they hold (steps count from 0).
         rows: Of each corpus.
         numbers: By which each corpus's rows are keyed.
+        window_shares: Of the window that rows are mixed within, for each corpus: another share is another order.
     """
 
     step: int
     rows: tuple[int, ...]
     numbers: tuple[int, ...]
+    window_shares: tuple[float, ...]
+
+    @classmethod
+    def nothing(cls, weights: Sequence[float]) -> "RowsBefore":
+        """At a run's own beginning."""
+        whole, corpora = sum(weights), range(len(weights))
+        return cls(0, tuple(0 for _ in corpora), tuple(corpora), tuple(weight / whole for weight in weights))
 
 
 class RowLoader:
@@ -95,10 +104,10 @@ class RowLoader:
                 f"batch ({sizes}); give more text, or lower train.global_batch_size or data.sequence_length"
             )
         orders = [RowOrder(count) for count in counts]
+        before = before or RowsBefore.nothing(weights)
         if shuffle_window_gib is not None:
-            window_bytes = [shuffle_window_gib * 2**30 * weight / sum(weights) for weight in weights]
+            window_bytes = [shuffle_window_gib * 2**30 * share for share in before.window_shares]
             orders = [_two_level(s, size) for s, size in zip(self._streams, window_bytes, strict=True)]
-        before = before or RowsBefore(0, (), tuple(range(len(folders))))
         self.order = MixtureOrder(seed, orders, weights, before.rows, before.numbers)
         self._first_step, self._numbers = before.step, np.asarray(before.numbers)
         self._reads_ahead = shuffle_window_gib is not None

@@ -51,17 +51,35 @@ def record_exit(code: int, error: Exception) -> None:
 
 
 def refuse_to_start(config: Config, rank: int = 0) -> None:
-    """What keeps pretraining from starting although nothing is wrong with it.
+    """What keeps pretraining from starting, though its results could be read.
 
     Raises:
+        ConfigError: A safeguard is asked for that would never do anything.
         StoppedByFile: The run's folder holds a file STOP.
         DoNotRequeueError: Requeues of this Slurm job get nowhere (rank 0).
     """
+    _check_safeguards(config)
     file = config.run_folder / STOP_FILE
     if file.exists():
         raise StoppedByFile(f"{file} is there: remove it to go on" if rank == 0 else "")
     if rank == 0:
         _note_requeue(config)
+
+
+def _check_safeguards(config: Config) -> None:
+    train, nothing = config.train, "train.held_out_rows=0"
+    if train.held_out_rows:
+        nothing = "data.held_out_fraction=0"
+    if train.keep_best and 0 in (train.held_out_rows, config.data.held_out_fraction):
+        raise ConfigError(
+            f"train.keep_best=true keeps what scores best on held-out rows, and {nothing} leaves none to score; "
+            "raise it, or set train.keep_best=false"
+        )
+    if train.spike_rollbacks and train.spike_threshold is None:
+        raise ConfigError(
+            f"train.spike_rollbacks={train.spike_rollbacks} goes back before a loss spike, and with "
+            "train.spike_threshold=null none is found; set a threshold, or train.spike_rollbacks=0"
+        )
 
 
 def _note_requeue(config: Config) -> None:

@@ -8,11 +8,12 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
-from data_shards.loader import KeyedRows, RowLoader, RowsBefore
+from data_shards.loader import KeyedRows, RowLoader
 from data_shards.order import MIXTURE_PERIOD_ROWS
 from data_shards.special import SpecialIds
 from model.batch import MicroBatch
@@ -22,6 +23,7 @@ from model.masking import Masking, MaskingRule, select_and_mask
 from model.objective import ObjectiveConfig
 from pipeline.config import Config
 from pipeline.distributed import Process
+from pipeline.fork import rows_before
 from pipeline.plan import Plan
 from pipeline.spikes import SkippedRows, step_of_rows
 
@@ -29,9 +31,12 @@ DRAWS = 1
 """Stream of random numbers of a micro-batch."""
 
 
-def open_rows(config: Config, folders: list[Path], weights: list[float], before: RowsBefore | None = None) -> RowLoader:
-    """Opens the shard folders of a run, one for each weight; ``before``: what a fork's parent has read."""
+def open_rows(
+    config: Config, folders: list[Path], weights: list[float], read: dict[str, Any] | None = None
+) -> RowLoader:
+    """Opens the shard folders of a run, one for each weight; ``read``: what a fork's parent has read."""
     data, batch_rows = config.data, config.train.global_batch_size
+    before = rows_before(sorted(corpus.name for corpus in data.corpora), weights, read)
     return RowLoader(
         folders, weights, data.sequence_length, batch_rows, config.run.seed, data.shuffle_window_gib, before
     )

@@ -82,7 +82,7 @@ class Retention:
     Attributes:
         newest: So many of the newest.
         every: Those of steps that it divides; None: none for that.
-        best: The one with the lowest ``score`` in its state, of those with the last one's ``scored_rows``.
+        best: The one with the lowest ``score`` in its state, of each ``scored_rows``.
         before: The newest that is so many steps older than the newest of all, and the next one, which will be
             that; None: none for that.
     """
@@ -249,17 +249,14 @@ def _prune(folder: Path, retention: Retention) -> None:
 
 
 def _best(folder: Path, steps: list[int]) -> set[int]:
-    """The step with the lowest score, of those that were scored on the same rows as the last one; none without any."""
-    scores: dict[int, tuple[str | None, float]] = {}
+    """The step with the lowest score, of each set of rows that steps were scored on: others are no measure for it."""
+    scores: dict[str | None, dict[float, int]] = {}
     for step in steps:
         with suppress(OSError, ValueError):  # damaged: loading will say so
             state = json.loads((step_folder(folder, step) / STATE).read_text(encoding="utf-8"))
             if state.get("score") is not None and isfinite(state["score"]):
-                scores[step] = state.get("scored_rows"), state["score"]
-    if not scores:
-        return set()
-    last = scores[max(scores)][0]
-    return {min((step for step in scores if scores[step][0] == last), key=lambda step: scores[step][1])}
+                scores.setdefault(state.get("scored_rows"), {}).setdefault(state["score"], step)
+    return {of_rows[min(of_rows)] for of_rows in scores.values()}
 
 
 def remove_unfinished(folder: Path) -> None:

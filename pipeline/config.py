@@ -277,7 +277,7 @@ class Config(Section):
         return self
 
     def _check_scores(self) -> None:
-        """What is kept by held-out scores, or left out by losses, needs them."""
+        """Held-out scores are taken when they can be written down, and kept with a checkpoint."""
         train = self.train
         if train.held_out_every is not None and train.held_out_every % train.log_every:
             raise ValueError(
@@ -288,17 +288,6 @@ class Config(Section):
             raise ValueError(
                 f"train.keep_best=true keeps checkpoints of steps that were scored: train.held_out_every="
                 f"{train.held_out_every} must divide train.checkpoint_every={train.checkpoint_every}"
-            )
-        nothing = "train.held_out_rows=0" if train.held_out_rows == 0 else "data.held_out_fraction=0"
-        if train.keep_best and 0 in (train.held_out_rows, self.data.held_out_fraction):
-            raise ValueError(
-                f"train.keep_best=true keeps what scores best on held-out rows, and {nothing} leaves none to score; "
-                "raise it, or set train.keep_best=false"
-            )
-        if train.spike_rollbacks and train.spike_threshold is None:
-            raise ValueError(
-                f"train.spike_rollbacks={train.spike_rollbacks} goes back before a loss spike, and with "
-                "train.spike_threshold=null none is found; set a threshold, or train.spike_rollbacks=0"
             )
 
     def _check_budget(self) -> None:

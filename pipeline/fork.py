@@ -5,24 +5,21 @@ what it takes over: weights, moments, the journal, rows that are left out, and w
     fork                                        STEP ─── …       its own, from the rows on that the parent did not read
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
 from data_shards.loader import RowsBefore
 from data_shards.order import Mixture
-from data_shards.store import write_json
 from model.flops import generator_steps
 from pipeline import checkpoint as checkpoints
 from pipeline.config import Config
-from pipeline.errors import ConfigError, DamagedError
+from pipeline.errors import ConfigError
 from pipeline.journal import Journal, read_entries
 from pipeline.log import logger
 from pipeline.spikes import inherit_skips, read_skips, step_of_rows
 from pipeline.stages import read_record, read_record_file, stage_folder
 
 _WEIGHT = ("data.corpora.", ".weight")
-_FILE = "rows_before.json"
 
 
 def parent_folder(config: Config) -> Path:
@@ -107,68 +104,66 @@ def _check_switch(config: Config, science: dict[str, Any], applied_steps: int) -
         )
 
 
-def rows_before(config: Config) -> RowsBefore | None:
-    """What a fork's parent had read of each corpus; None in a run of its own.
+def read_by_parent(config: Config, state: dict[str, Any]) -> dict[str, Any] | None:
+    """What the parent had read of each corpus, as the fork's checkpoints keep it (``TrainingState.rows_before``).
 
-    It is kept in the run's folder from the fork's first checkpoint on. A fork that is older than that file reads the
-    rows that its own batch and weights would have come to.
+    Args:
+        config: The fork's.
+        state: Of the parent's checkpoint.
 
-    Raises:
-        DamagedError: The file cannot be read; without it the run would read other rows.
+    Returns:
+        ``step`` from which on the fork's batch and weights hold, in steps of the parent's order of rows; ``corpora``,
+        for each the ``number`` that keys its rows, ``rows`` of this run's length that were read, and its
+        ``window_share``. None where nobody knows, or rows are made in another way.
     """
-    folder = stage_folder(config, "pretrain")
-    if config.run.fork_from is None:
-        return None
-    if not checkpoints.list_steps(folder / "checkpoints"):
-        (folder / _FILE).unlink(missing_ok=True)
-        if read := _read_by_parent(config):
-            write_json(folder / _FILE, read)
-    return _of_corpora([corpus.name for corpus in config.data.corpora], folder)
-
-
-def _read_by_parent(config: Config) -> dict[str, Any] | None:
-    """Rows, counted in this run's length; None where nobody knows, or rows were made in another way."""
     parent, step = parent_folder(config), fork_step(config)
-    record = read_record_file(parent / "stage.json")
-    if record is None or record.inputs["science"]["data.layout"] != config.data.layout:
+    record, own = read_record_file(parent / "stage.json"), read_record(config, "pretrain")
+    if record is None or own is None or record.inputs["science"]["data.layout"] != config.data.layout:
         return None
     science = record.inputs["science"]
     begin, end = _WEIGHT
     keys = {key.removeprefix(begin).removesuffix(end): key for key in science if key.startswith(begin)}
-    names = sorted(keys)
-    earlier = _of_corpora(names, parent) or RowsBefore(0, (0,) * len(names), tuple(range(len(names))))
-    mixture = Mixture([science[keys[name]] for name in names], earlier.rows)
+    names, weights = sorted(keys), [science[keys[name]] for name in sorted(keys)]
+    earlier = rows_before(names, weights, state.get("rows_before")) or RowsBefore.nothing(weights)
+    mixture = Mixture(weights, earlier.rows)
     steps = step_of_rows(step, [skip for skip in read_skips(parent) if skip.after_step <= step])
     rows = mixture.rows_at(mixture.first + (steps - earlier.step) * science["train.global_batch_size"])
-    theirs, ours = science["data.sequence_length"], config.data.sequence_length
-    corpora = _load(parent)["corpora"] if (parent / _FILE).exists() else {}
-    for name, number, count in zip(names, earlier.numbers, rows.tolist(), strict=True):
-        corpora[name] = {"number": number, "rows": -(-count * theirs // ours)}
+    corpora = (state.get("rows_before") or {}).get("corpora", {})  # those that the parent did without, too
+    for name, number, count, share in zip(names, earlier.numbers, rows.tolist(), earlier.window_shares, strict=True):
+        corpora |= {name: {"number": number, "rows": count, "window_share": share}}
+    length, own_length = science["data.sequence_length"], config.data.sequence_length
+    texts, own_texts = record.inputs["shards"], own.inputs["shards"]
+    for name, about in corpora.items():
+        is_other_text = texts.get(name, own_texts.get(name)) != own_texts.get(name, texts.get(name))
+        about["rows"] = 0 if is_other_text else -(-about["rows"] * length // own_length)
+    _warn_of_another_order(config, science)
     return {"step": steps, "corpora": corpora}
 
 
-def _of_corpora(names: list[str], folder: Path) -> RowsBefore | None:
-    """What the file in ``folder`` says of these corpora, by name; a new one gets a number that nobody had."""
-    if not (folder / _FILE).exists():
+def _warn_of_another_order(config: Config, science: dict[str, Any]) -> None:
+    ours = config.flat()
+    order = ("run.seed", "data.sequence_length", "data.shuffle_window_gib")
+    if other := [key for key in order if science.get(key, ours[key]) != ours[key]]:
+        logger.warning(
+            "run.fork_from=%s: with another %s rows come in another order: of this epoch some come again, and some not",
+            config.run.fork_from, " and ".join(other),
+        )  # fmt: skip
+
+
+def rows_before(names: list[str], weights: list[float], read: dict[str, Any] | None) -> RowsBefore | None:
+    """What ``read_by_parent`` found, for these corpora in the order of their names.
+
+    A new corpus gets a number that nobody had. None where ``read`` is: in a run of its own, and in a fork that began
+    before checkpoints kept this, which reads what its own batch and weights would have come to.
+    """
+    if read is None:
         return None
-    content = _load(folder)
-    known = content["corpora"]
-    unused = max(about["number"] for about in known.values()) + 1
-    for name in sorted(set(names) - known.keys()):
-        known[name] = {"number": unused, "rows": 0}
-        unused += 1
-    found = [known[name] for name in sorted(names)]
-    return RowsBefore(content["step"], tuple(f["rows"] for f in found), tuple(f["number"] for f in found))
-
-
-def _load(folder: Path) -> dict[str, Any]:
-    path = folder / _FILE
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        corpora = {
-            name: {"number": int(about["number"]), "rows": int(about["rows"])}
-            for name, about in content["corpora"].items()
-        }
-        return {"step": int(content["step"]), "corpora": corpora}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DamagedError(f"{path}: unreadable ({error}); restore it from a copy") from error
+    known, whole = dict(read["corpora"]), sum(weights)
+    unused = max((about["number"] for about in known.values()), default=-1) + 1
+    for name, weight in zip(names, weights, strict=True):
+        if name not in known:
+            known[name] = {"number": unused, "rows": 0, "window_share": weight / whole}
+            unused += 1
+    of_each = [known[name] for name in names]
+    rows, numbers, shares = (tuple(about[key] for about in of_each) for key in ("rows", "number", "window_share"))
+    return RowsBefore(read["step"], rows, numbers, shares)

@@ -37,7 +37,6 @@ from pipeline.distributed import (
 from pipeline.engine import Engine
 from pipeline.errors import ConfigError, StoppedByFile, StoppedEarly
 from pipeline.faults import Faults
-from pipeline.fork import rows_before
 from pipeline.goodput import Ledger
 from pipeline.held_out import HeldOut
 from pipeline.launch import threads_per_process
@@ -111,12 +110,10 @@ def _prepare(
     tokenized = load_tokenize_output(config)
     folders, weights = shard_folders(config, tokenized, warns=process.local_rank == 0)
     plan = make_plan(config, process.world_size, tokenized["vocab_size"], record.numerics.get("micro_batch_rows"))
-    before = control.broadcast(rows_before(config) if control.is_first else None)
-    loader = open_rows(config, folders, weights, before)
     kernels = choose_kernels(config, device, kept_kernels(record.numerics, device))
     _check_disk(folder, plan, control)
     peak, peak_source = peak_flops(device, threads, config.train.precision)
-    _log_plan(plan, loader, weights)
+    _log_plan(plan)
     for operation, name in kernels.names.items():
         logger.info("%-32s %s (%s)", f"kernel of {operation}", name, kernels.reasons[operation])
     logger.info("MFU refers to %.2f TFLOP/s per process (%s)", peak / 1e12, peak_source)
@@ -130,6 +127,8 @@ def _prepare(
     guards.ledger.enter("restore")
     state = restore(config, folder, engine, control, plan.vocab_size)
     guards.ledger.enter("startup")
+    loader = open_rows(config, folders, weights, state.rows_before)
+    _log_rows(plan, loader, weights)
     if process.rank == 0:
         _announce_numerics(config, record, {
             "world_size": process.world_size, "threads": threads, "device": device, "zero_stage": engine.stage,
@@ -244,9 +243,12 @@ def with_counts(
     ]
 
 
-def _log_plan(plan: Plan, loader: RowLoader, weights: list[float]) -> None:
+def _log_plan(plan: Plan) -> None:
     for name, value in describe(plan):
         logger.info("%-32s %s", name, value)
+
+
+def _log_rows(plan: Plan, loader: RowLoader, weights: list[float]) -> None:
     logger.info("%-32s %.1f over %s rows", "epochs", plan.total_tokens / plan.sequence_length_tokens / loader.num_rows,
                 f"{loader.num_rows:,}")  # fmt: skip
     for level, note in mixture_notes(loader.shares, weights):

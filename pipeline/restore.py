@@ -9,7 +9,7 @@ from pipeline.config import Config
 from pipeline.distributed import Control
 from pipeline.engine import MOMENTS, Engine
 from pipeline.errors import ConfigError
-from pipeline.fork import load_parent
+from pipeline.fork import load_parent, read_by_parent
 from pipeline.initial_weights import initial_weights
 from pipeline.log import logger
 from pipeline.training import TrainingState
@@ -33,6 +33,8 @@ def restore(config: Config, folder: Path, engine: Engine, control: Control, voca
     _check_shapes(found, engine)
     weights, moments = found.tensors(checkpoints.WEIGHTS), found.tensors(checkpoints.OPTIMIZER)
     state = TrainingState(**found.state)
+    if step is None:
+        state.rows_before = control.broadcast(read_by_parent(config, found.state) if control.is_first else None)
 
     def read(kind: str, name: str) -> torch.Tensor:
         return moments(f"{kind}/{name}") if kind in MOMENTS else weights(name)

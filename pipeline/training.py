@@ -49,6 +49,7 @@ class TrainingState:
         score: Held-out loss at this very step, where it was taken.
         scored_rows: Digest of the rows that it is of: other rows, other scores.
         loss_scale: State of fp16's loss scale.
+        rows_before: What a fork's parent had read, see ``pipeline.fork``.
     """
 
     step: int = 0
@@ -59,6 +60,7 @@ class TrainingState:
     score: float | None = None
     scored_rows: str | None = None
     loss_scale: dict[str, float] | None = None
+    rows_before: dict[str, Any] | None = None
 
     @property
     def applied_steps(self) -> int:

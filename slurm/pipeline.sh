@@ -3,7 +3,7 @@
 #     slurm/pipeline.sh CONFIG [key=value ...]
 # The stages are those of `electra run`: evaluate only where evaluate.tasks names some.
 #
-# SBATCH_* variables reach all three jobs. For one stage:
+# SBATCH_* variables reach all jobs. For one stage:
 #     ELECTRA_TOKENIZE_SBATCH, ELECTRA_PRETRAIN_SBATCH, ELECTRA_EVALUATE_SBATCH    more sbatch flags,
 #                              e.g. ELECTRA_TOKENIZE_SBATCH="--array=0-7" to tokenize on eight nodes,
 #                              ELECTRA_PRETRAIN_SBATCH="--nodes=2 --time=12:00:00"
@@ -42,17 +42,21 @@ if [[ -n ${SLURM_JOB_ID:-} ]]; then
 fi
 export ELECTRA_REPO=$repo
 
-# The program knows the stages, and refuses a wrong key before anything waits in the queue. A Python that only srun can
-# start is not asked on a login node. In a subshell: jobs load the site's settings themselves.
+# The program knows the stages, and refuses wrong keys before anything waits in the queue, if its Python works on a login
+# node. In a subshell: jobs load the site's settings themselves.
 stages_of() {
+  (load_site_settings) || return 1
   load_site_settings
-  if ((${#ELECTRA_SRUN_FLAGS[@]})); then
-    echo "tokenize pretrain evaluate"
-  else
-    "${python[@]}" -m pipeline config "$@" --stages
-  fi
+  if ((${#ELECTRA_SRUN_FLAGS[@]})); then return 1; fi # an image that only srun can start
+  "${python[@]}" -m pipeline config "$@" --stages
 }
-stages=$(stages_of "$config" "$@")
+status=0
+stages=$(stages_of "$config" "$@") || status=$?
+if [[ $status == 64 || $status == 78 ]]; then exit "$status"; fi
+if ((status)); then
+  echo "the program does not run here ($status): all stages are submitted, and the jobs check them" >&2
+  stages="tokenize pretrain evaluate"
+fi
 
 jobs=()
 submit() { # submit "SBATCH FLAGS" SCRIPT ARGUMENTS: one more job, to start when the one before has succeeded

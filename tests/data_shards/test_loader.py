@@ -73,8 +73,8 @@ def loader_of(write_folder):
         write_folder("small", [numbered(700, 10_000, np.uint16)]),
     ]
 
-    def open_loader(seed=7, batch=64, weights=(3, 1), before=None):
-        return RowLoader(folders, list(weights), LENGTH, batch, seed, before=before)
+    def open_loader(seed=7, batch=64, weights=(3, 1), window_gib=None, before=None):
+        return RowLoader(folders, list(weights), LENGTH, batch, seed, window_gib, before)
 
     open_loader.folders = folders
     return open_loader
@@ -104,12 +104,16 @@ def test_visits_of_a_row_have_keys_of_their_own(write_folder):
     assert len(np.unique(keys)) == len(keys)
 
 
+@pytest.mark.parametrize("window_gib", [None, 2**-30 * 16_000])
 @pytest.mark.parametrize(("batch", "weights"), [(32, [3, 1]), (100, [3, 1]), (64, [1, 3])])
-def test_another_batch_or_mixture_reads_what_was_not_read(loader_of, write_folder, batch, weights):
+def test_another_batch_or_mixture_reads_what_was_not_read(monkeypatch, loader_of, batch, weights, window_gib):
     """Each corpus ends its first epoch before it begins the second, with masks of their own."""
-    parent, read = loader_of(), Mixture([3, 1]).rows_at(2 * 64).tolist()
+    monkeypatch.setattr(loader_module, "BLOCK_BYTES", 512)
+    parent, read = loader_of(window_gib=window_gib), Mixture([3, 1]).rows_at(2 * 64).tolist()
     assert read == [96, 32]
-    fork = loader_of(batch=batch, weights=weights, before=RowsBefore(2, tuple(read), (0, 1)))
+    fork = loader_of(
+        batch=batch, weights=weights, window_gib=window_gib, before=RowsBefore(2, tuple(read), (0, 1), (0.75, 0.25))
+    )
     keyed = [parent.rows_at(step, 0, 64) for step in range(2)] + [fork.rows_at(2 + s, 0, batch) for s in range(3)]
     ids = np.concatenate([rows.rows.token_ids[:, 1] for rows in keyed]).astype(int)
     keys = np.concatenate([rows.keys for rows in keyed])
@@ -119,9 +123,9 @@ def test_another_batch_or_mixture_reads_what_was_not_read(loader_of, write_folde
 
 
 def test_a_new_corpus_leaves_the_order_of_the_others_alone(loader_of):
-    numbered_otherwise = loader_of(before=RowsBefore(0, (0, 0), (1, 0)))
+    numbered_otherwise = loader_of(before=RowsBefore(0, (0, 0), (1, 0), (0.75, 0.25)))
     assert not np.array_equal(arrays(loader_of().rows_at(0, 0, 64)), arrays(numbered_otherwise.rows_at(0, 0, 64)))
-    alone = RowLoader(loader_of.folders[1:], [1], LENGTH, 16, 7, before=RowsBefore(0, (0,), (1,)))
+    alone = RowLoader(loader_of.folders[1:], [1], LENGTH, 16, 7, before=RowsBefore(0, (0,), (1,), (1.0,)))
     of_both = np.concatenate([loader_of().rows_at(step, 0, 64).rows.token_ids for step in range(2)])
     assert np.array_equal(alone.rows_at(0, 0, 16).rows.token_ids, of_both[of_both[:, 1] >= 10_000][:16])
 

@@ -2,13 +2,13 @@
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
 from pipeline import attempts
 from pipeline.attempts import EXIT_FILE, record_exit, refuse_to_start
+from pipeline.config import Config
+from pipeline.config_file import load_config
 from pipeline.errors import (
     ConfigError,
     DamagedError,
@@ -41,8 +41,8 @@ def exit_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def config(tmp_path: Path) -> Any:
-    return SimpleNamespace(run_folder=tmp_path / "runs/x")
+def config(config_path: Path) -> Config:
+    return load_config(config_path)
 
 
 def test_final_codes_are_recorded_in_one_line(exit_file: Path) -> None:
@@ -91,7 +91,29 @@ def test_a_place_that_cannot_be_written_is_said(
     assert "missing/exit: No such file or directory; the job script has only srun's exit code" in caplog.text
 
 
-def test_the_file_stop_keeps_all_from_starting(config: Any) -> None:
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (
+            ("train.keep_best=true", "train.held_out_every=5", "train.held_out_rows=0"),
+            "train.held_out_rows=0 leaves none",
+        ),
+        (
+            ("train.keep_best=true", "train.held_out_every=5", "data.held_out_fraction=0"),
+            "held_out_fraction=0 leaves none",
+        ),
+        (("train.spike_rollbacks=2", "train.spike_threshold=null"), "train.spike_threshold=null none is found; set a"),
+    ],
+)
+def test_safeguards_that_would_never_do_anything_are_refused(config_path: Path, overrides, said: str) -> None:
+    """When training starts: what an earlier version ran with such keys can still be read."""
+    config = load_config(config_path, overrides)
+    with pytest.raises(ConfigError, match=said):
+        refuse_to_start(config)
+    refuse_to_start(load_config(config_path, overrides[:-1]))
+
+
+def test_the_file_stop_keeps_all_from_starting(config: Config) -> None:
     refuse_to_start(config)
     config.run_folder.mkdir(parents=True)
     (config.run_folder / "STOP").touch()
@@ -104,7 +126,7 @@ def test_the_file_stop_keeps_all_from_starting(config: Any) -> None:
 class Slurm:
     """Starts of jobs, and how far a run's checkpoints have come."""
 
-    def __init__(self, config: Any, monkeypatch: pytest.MonkeyPatch):
+    def __init__(self, config: Config, monkeypatch: pytest.MonkeyPatch):
         self._config, self._monkeypatch = config, monkeypatch
 
     def start(self, restart: int, job: str = "7", rank: int = 0) -> None:
@@ -119,11 +141,11 @@ class Slurm:
 
 
 @pytest.fixture
-def slurm(config: Any, monkeypatch: pytest.MonkeyPatch) -> Slurm:
+def slurm(config: Config, monkeypatch: pytest.MonkeyPatch) -> Slurm:
     return Slurm(config, monkeypatch)
 
 
-def test_three_requeues_without_progress_end_the_job(slurm: Slurm, config: Any) -> None:
+def test_three_requeues_without_progress_end_the_job(slurm: Slurm, config: Config) -> None:
     slurm.save(40)
     for restart in (0, 1, 2):
         slurm.start(restart)
@@ -154,7 +176,7 @@ def test_starts_in_one_allocation_count_once(slurm: Slurm) -> None:
 
 
 def test_an_unreadable_count_begins_anew(
-    slurm: Slurm, config: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    slurm: Slurm, config: Config, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     slurm.start(1)
     path = config.run_folder / "pretrain/requeues.json"

@@ -159,13 +159,13 @@ def test_some_steps_stay_for_ever_and_so_does_the_best(tmp_path: Path) -> None:
     assert checkpoints.list_steps(tmp_path) == [4, 8]
 
 
-def test_the_best_is_one_of_those_scored_on_the_rows_that_were_scored_last(tmp_path: Path) -> None:
+def test_the_best_is_that_of_the_same_rows_and_the_best_of_other_rows_stays(tmp_path: Path) -> None:
     stays = []
     scored = ((1.0, None), (3.0, "a"), (2.0, "a"), (2.5, "a"), (None, "b"), (9.0, "b"), (9.5, "b"))
     for step, (score, rows) in enumerate(scored, 1):  # the first without a word of which rows, as once was
         save(tmp_path, step, score, rows, newest=1, best=True)
         stays.append(checkpoints.list_steps(tmp_path))
-    assert stays == [[1], [2], [3], [3, 4], [3, 5], [6], [6, 7]]
+    assert stays == [[1], [1, 2], [1, 3], [1, 3, 4], [1, 3, 5], [1, 3, 6], [1, 3, 6, 7]]
 
 
 def test_one_stays_from_before_the_line_of_a_spike(tmp_path: Path) -> None:

@@ -2,14 +2,14 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from data_shards.loader import RowsBefore
 from pipeline.config import Config
 from pipeline.config_file import load_config
-from pipeline.errors import DamagedError
-from pipeline.fork import rows_before
+from pipeline.fork import read_by_parent, rows_before
 from pipeline.keys import science_of
 from pipeline.spikes import SkippedRows, add_skip
 from pipeline.stages import StageRecord, stage_folder, write_record
@@ -18,88 +18,85 @@ from tests.conftest import Electra, read_journal
 
 @pytest.fixture
 def written(config_path: Path):
-    """A config by its overrides; its pretrain stage has a record."""
+    """A config by its overrides; its pretrain stage has a record, with a key of each corpus's shards."""
 
-    def write(name: str, *overrides: str, corpora: str = "") -> Config:
-        text = config_path.read_text()
-        if corpora:
-            parts = (part.split("=") for part in corpora.split())
-            listed = ", ".join(f"{{name: {name}, path: {name}.txt, weight: {weight}}}" for name, weight in parts)
-            text = "\n".join(
-                f"  corpora: [{listed}]" if line.startswith("  corpora:") else line for line in text.splitlines()
-            )
+    def write(name: str, *overrides: str, corpora: str, texts: str = "") -> Config:
+        weights = dict(part.split("=") for part in corpora.split())
+        listed = ", ".join(f"{{name: {name}, path: {name}.txt, weight: {weight}}}" for name, weight in weights.items())
+        lines = config_path.read_text().splitlines()
         path = config_path.with_name(f"{name}.yaml")
-        path.write_text(text)
+        path.write_text("\n".join(f"  corpora: [{listed}]" if "corpora:" in line else line for line in lines))
         config = load_config(path, (f"run.name={name}", *overrides))
-        write_record(config, StageRecord("pretrain", "done", {"science": science_of(config, "pretrain")}))
+        shards = {corpus: f"{corpus}'s text{texts}" for corpus in weights}
+        inputs = {"science": science_of(config, "pretrain"), "tokenizer": "its", "shards": shards}
+        write_record(config, StageRecord("pretrain", "done", inputs))
         return config
 
     return write
 
 
-def test_a_run_of_its_own_has_read_nothing(written) -> None:
-    assert rows_before(written("own")) is None
+def before(config: Config, read: dict[str, Any] | None) -> RowsBefore | None:
+    corpora = sorted(config.data.corpora, key=lambda corpus: corpus.name)
+    return rows_before([corpus.name for corpus in corpora], [corpus.weight for corpus in corpora], read)
 
 
 def test_a_fork_goes_on_where_its_parent_stopped_to_read(written) -> None:
     parent = written("parent", corpora="books=3 web=1")
     same = written("same", "run.fork_from=parent@256", corpora="books=3 web=1")
-    assert rows_before(same) == RowsBefore(256, (1536, 512), (0, 1))
+    assert before(same, read_by_parent(same, {})) == RowsBefore(256, (1536, 512), (0, 1), (0.75, 0.25))
     add_skip(stage_folder(parent, "pretrain"), SkippedRows(200, 128))  # 128 steps' rows were left out before
     add_skip(stage_folder(parent, "pretrain"), SkippedRows(300, 10))
-    assert rows_before(same) == RowsBefore(384, (2304, 768), (0, 1))
-    halved = written("halved", "run.fork_from=parent@256", "data.sequence_length=64", corpora="books=1 web=1")
-    assert rows_before(halved) == RowsBefore(384, (1152, 384), (0, 1))
+    assert before(same, read_by_parent(same, {})) == RowsBefore(384, (2304, 768), (0, 1), (0.75, 0.25))
+    assert before(same, None) is None  # a run of its own, or a fork that began before this was kept
 
 
-def test_a_new_corpus_does_not_change_how_the_others_are_keyed(written) -> None:
+def test_a_corpus_keeps_its_count_and_its_number_through_forks_of_forks(written) -> None:
     written("parent", corpora="books=1 web=1")
     child = written("child", "run.fork_from=parent@128", "train.global_batch_size=16", corpora="art=1 web=1")
-    assert rows_before(child) == RowsBefore(128, (0, 512), (2, 1))
-    grandchild = written("grandchild", "run.fork_from=child@192", corpora="art=1 books=1 code=1 web=1")
-    # 64 steps of 16 rows, half of them art's; books was left where it was
-    assert rows_before(grandchild) == RowsBefore(192, (512, 512, 0, 1024), (2, 0, 3, 1))
+    read = read_by_parent(child, {})
+    assert before(child, read) == RowsBefore(128, (0, 512), (2, 1), (0.5, 0.5))
+    shorter = ("run.fork_from=child@192", "data.sequence_length=16")
+    grandchild = written("grandchild", *shorter, corpora="art=1 books=1 code=2 web=1")
+    # Of 64 steps of 16 rows half were art's. Books rested, all rows were twice as long, and code is new.
+    last = before(grandchild, read_by_parent(grandchild, {"rows_before": read}))
+    assert last == RowsBefore(192, (1024, 1024, 0, 2048), (2, 0, 3, 1), (0.5, 0.5, 0.4, 0.5))
 
 
-def test_what_was_read_is_kept_once_the_fork_has_a_checkpoint(written, tmp_path: Path) -> None:
+def test_what_was_read_of_another_text_does_not_count(written) -> None:
     written("parent", corpora="books=1 web=1")
-    child = written("child", "run.fork_from=parent@128", corpora="books=1 web=1")
-    read = rows_before(child)
-    folder = stage_folder(child, "pretrain")
-    step = folder / "checkpoints/step_00000130"
-    step.mkdir(parents=True)
-    (step / "MANIFEST.json").touch()
-    (stage_folder(child, "pretrain").parents[1] / "parent/pretrain/stage.json").unlink()
-    assert rows_before(child) == read is not None
-    (folder / "rows_before.json").write_text('{"step": 1')
-    with pytest.raises(DamagedError, match=r"rows_before.json: unreadable"):
-        rows_before(child)
-    (folder / "rows_before.json").unlink()  # as in a fork made before there was such a file
-    assert rows_before(child) is None
+    child = written("child", "run.fork_from=parent@128", corpora="books=1 web=1", texts=" anew")
+    assert before(child, read_by_parent(child, {})) == RowsBefore(128, (0, 0), (0, 1), (0.5, 0.5))
+    paper = written("paper", "run.fork_from=parent@128", "data.layout=paper", corpora="books=1 web=1")
+    assert read_by_parent(paper, {}) is None
 
 
-def test_rows_made_in_another_way_are_not_counted(written) -> None:
+def test_another_order_of_rows_is_said(written, caplog) -> None:
     written("parent", corpora="books=1")
-    assert rows_before(written("child", "run.fork_from=parent@128", "data.layout=paper", corpora="books=1")) is None
+    same = written("same", "run.fork_from=parent@128", "train.global_batch_size=4", corpora="books=1")
+    other = written("other", "run.fork_from=parent@128", "run.seed=5", "data.sequence_length=16", corpora="books=1")
+    with caplog.at_level("WARNING", logger="electra"):
+        read_by_parent(same, {})
+        assert not caplog.messages
+        read_by_parent(other, {})
+    assert "with another run.seed and data.sequence_length rows come in another order" in caplog.text
 
 
-def test_a_fork_with_another_batch_trains_on_rows_that_its_parent_did_not(
-    shared_config: Path, electra: Electra
-) -> None:
+def test_a_fork_keeps_what_its_parent_had_read(shared_config: Path, electra: Electra) -> None:
     steps = ["train.checkpoint_every=2", "train.held_out_rows=0"]
     electra("run", shared_config, "run.name=parent", "train.steps=4", *steps)
     half = ["run.fork_from=parent@2", "train.global_batch_size=4", "train.micro_batch_size=4"]
-    electra("run", shared_config, "run.name=child", "train.steps=6", *half, *steps)
-    folder = shared_config.parent / "out/runs/child/pretrain"
-    content = (folder / "rows_before.json").read_text()
-    assert json.loads(content) == {"step": 2, "corpora": {"made_up": {"number": 0, "rows": 16}}}
-    losses = [entry["train/total_loss"] for entry in read_journal(shared_config.parent / "out", "child")]
+    child = ["run", shared_config, "run.name=child", "train.steps=6", *half, *steps]
+    electra(*child)
+    out = shared_config.parent / "out"
+    folder = out / "runs/child/pretrain"
+    read = json.loads((folder / "checkpoints/step_00000006/state.json").read_text())["rows_before"]
+    assert read == {"step": 2, "corpora": {"made_up": {"number": 0, "rows": 16, "window_share": 1.0}}}
+    losses = [entry["train/total_loss"] for entry in read_journal(out, "child")]
     (folder / "stage.json").write_text((folder / "stage.json").read_text().replace('"done"', '"stopped"'))
-    for later in ("step_00000006",):
-        (folder / "checkpoints" / later).rename(folder / later)
-    electra("run", shared_config, "run.name=child", "train.steps=6", *half, *steps)
-    again = [entry["train/total_loss"] for entry in read_journal(shared_config.parent / "out", "child")]
-    assert again == losses and (folder / "rows_before.json").read_text() == content
+    (folder / "checkpoints/step_00000006").rename(folder / "away")
+    (out / "runs/parent").rename(out / "runs/elsewhere")  # its own checkpoints say what it read
+    electra(*child)
+    assert [entry["train/total_loss"] for entry in read_journal(out, "child")] == losses
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import pytest
 
 from pipeline import checkpoint as checkpoints
 from pipeline.config_file import load_config
-from pipeline.errors import ConfigError, DamagedError
+from pipeline.errors import DamagedError
 from pipeline.spikes import (
     SkippedRows,
     SpikeWatch,
@@ -76,11 +76,6 @@ def test_a_line_without_a_loss_is_no_other_stage(train) -> None:
 
 def test_it_can_be_switched_off(config_path: Path) -> None:
     assert said(load_config(config_path, ("train.spike_threshold=null",)).train, 1e9) == [""]
-
-
-def test_going_back_before_what_is_never_found_is_refused(config_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"spike_rollbacks=2 goes back .*spike_threshold=null none is found; set"):
-        load_config(config_path, ("train.spike_threshold=null", "train.spike_rollbacks=2"))
 
 
 def test_rows_that_are_left_out() -> None:

@@ -66,14 +66,6 @@ def test_held_out_scores_are_due_at_logged_steps_only(config_path):
         load_config(config_path, ("train.held_out_every=7", "train.log_every=5"))
 
 
-@pytest.mark.parametrize("none", ["train.held_out_rows=0", "data.held_out_fraction=0"])
-def test_the_best_cannot_be_kept_without_held_out_rows(config_path, none):
-    best = ("train.keep_best=true", "train.held_out_every=5")
-    load_config(config_path, best)
-    with pytest.raises(ConfigError, match=f"{none} leaves none to score; raise it, or set train.keep_best=false"):
-        load_config(config_path, (*best, none))
-
-
 @pytest.mark.parametrize(
     ("overrides", "why"),
     [

@@ -205,6 +205,13 @@ def test_pipeline_does_not_ask_a_python_that_only_srun_can_start(login: Login):
     assert "tokenize 4711\n" in done.stdout  # the site's settings are the jobs' business
 
 
+@pytest.mark.parametrize("env", [{"STUB_python": "exit 1"}, {"ELECTRA_PYTHON": "/nowhere/python"}])
+def test_pipeline_submits_all_where_the_program_does_not_run(login: Login, env: dict[str, str]):
+    done = login.run([f"{SLURM}/pipeline.sh", "c.yaml"], **ALL_STAGES | {"STUB_sbatch": "echo 4711"} | env)
+    assert done.returncode == 0 and login.called("sbatch") == 3, done.stdout
+    assert "the program does not run here (1): all stages are submitted" in done.stdout
+
+
 def test_generations_know_their_chain_without_the_submit_environment(login: Login):
     """As with SBATCH_EXPORT=NONE: of what chain.sh sets, Slurm passes on the job's name alone."""
     login.run([f"{SLURM}/chain.sh", "2", f"{SLURM}/pretrain_small.sh"], STUB_sbatch="echo 4711")
