@@ -29,7 +29,7 @@ class _Detect(torch.autograd.Function):
         number = logits_BT.numel()
         bce_BT = torch.empty(logits_BT.shape, dtype=torch.float32, device=logits_BT.device)
         d_logits_BT = torch.empty_like(bce_BT)
-        programs = min(PROGRAMS, triton.cdiv(number, _OPTIONS["TOKENS"]))
+        programs = min(PROGRAMS, int(triton.cdiv(number, _OPTIONS["TOKENS"])))
         partials_KP = bce_BT.new_empty(len(COUNTS), programs)
         if number:
             _detect_tokens[(programs,)](

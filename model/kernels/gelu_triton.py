@@ -58,7 +58,7 @@ class _BiasGelu(torch.autograd.Function):
 
 def _tile_of(num_columns: int, elements: int) -> dict[str, int]:
     """Its rows lie within threads, so that a bias' gradient is added up without exchange."""
-    columns = min(1024, max(16, triton.next_power_of_2(num_columns)))
+    columns = min(1024, max(16, int(triton.next_power_of_2(num_columns))))
     num_warps = max(1, columns // 256)
     return {"ROWS": elements // 4 * num_warps // max(256, columns), "COLUMNS": columns, "num_warps": num_warps}
 

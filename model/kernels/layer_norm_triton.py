@@ -74,7 +74,7 @@ def mask_of(dropout: Dropout | None) -> tuple[Tensor | None, int | None]:
 
 def tile_of(num_columns: int, elements: int) -> dict[str, int]:
     """Rows and columns of a tile of whole rows, and its warps: one spans 256 columns of two bytes at a time."""
-    columns = max(16, triton.next_power_of_2(num_columns))
+    columns = max(16, int(triton.next_power_of_2(num_columns)))
     return {"ROWS": min(64, max(1, elements // columns)), "COLUMNS": columns, "num_warps": 4 if columns <= 1024 else 8}
 
 

@@ -81,7 +81,7 @@ def _add_powers(values, start, highest, likeliest, total):
     NaN is never the highest, and makes the sum NaN.
     """
     numbers = tl.where(values == values, values, _MINUS_INFINITY)  # noqa: PLR0124
-    top, top_at = tl.max(numbers, 0, return_indices=True)
+    top, top_at = tl.max(numbers, 0, return_indices=True)  # pyright: ignore[reportGeneralTypeIssues]
     likeliest = tl.where(top > highest, start + top_at, likeliest)
     top = tl.maximum(top, highest)
     zero = tl.where(top == _MINUS_INFINITY, 0.0, top)  # no token of any probability yet
