@@ -306,7 +306,8 @@ def test_keys_depend_on_what_a_corpus_says_and_not_on_where_it_lies(corpus, sett
     assert len({key(), *changed}) == 9
 
     def trained(settings=settings, weights=(1.0, 2.0), fraction=0.1):
-        return content_key(tokenizer_inputs(settings, [corpus] * 2, list(weights), ["d", "e"], fraction))
+        texts = [(corpus, weight, digest) for weight, digest in zip(weights, "de", strict=True)]
+        return content_key(tokenizer_inputs(settings, texts, fraction))
 
     others = [trained(replace(settings, vocab_size=7)), trained(weights=(1, 1)), trained(fraction=0)]
     assert len({trained(), *others, trained(replace(settings, sample_seed=1))}) == 5

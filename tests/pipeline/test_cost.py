@@ -86,7 +86,7 @@ def test_what_is_not_measured_says_so(electra: Electra):
     shown = json.loads(electra("config", LARGE, "--world-size", 64, "--json").stdout)["estimate"]
     assert shown["basis"] == "modelled, not measured"
     assert shown["hardware"] == "H200"
-    assert {item["origin"] for item in shown["inputs"]} == {"published", "derived", "assumed"}
+    assert {item["origin"] for item in shown["inputs"]} == {"derived", "assumed"}
     assert all(item["source"] for item in shown["inputs"])
     assert shown["device_hours"] == pytest.approx(64 * 24 * shown["days"])
     lines = electra("config", LARGE, "--world-size", 64).stdout

@@ -26,6 +26,7 @@ from tests.forking import Forked
 TOKENS_PER_STEP = 8 * 32
 NAME = "killed"
 BEGAN_S, HOUR_S = 1.7e9, 3600.0
+INPUTS = {"science": {}}
 
 
 def client_of(config: Path) -> MlflowClient:
@@ -177,7 +178,7 @@ def evaluated(config_path: Path) -> Config:
     write_config(config, "tokenize")
     for number, stage in enumerate(STAGES):
         began_s = BEGAN_S + number * HOUR_S
-        write_record(config, StageRecord(stage, "done", {}, started_unix_s=began_s, ended_unix_s=began_s + HOUR_S))
+        write_record(config, StageRecord(stage, "done", INPUTS, started_unix_s=began_s, ended_unix_s=began_s + HOUR_S))
     record = read_record(config, "evaluate")
     assert record
     results = {
@@ -208,7 +209,7 @@ def test_runs_last_as_long_as_their_stages_did(uri: str, evaluated: Config) -> N
     expected = {"tiny": (0, 3), "tiny tokenize": (0, 1), "tiny pretrain": (1, 2), "tiny evaluate": (2, 3),
                 "tiny evaluate cola": (2, 3)}  # fmt: skip
     assert hours(mirror(evaluated, uri, "times")) == expected
-    record = start_record(evaluated, "evaluate", {}, {})
+    record = start_record(evaluated, "evaluate", INPUTS, {})
     again = mirror(evaluated, uri, "times", owner_alive=True)
     running = {name for name, run in again.items() if run.info.status == "RUNNING"}
     assert running == {"tiny", "tiny evaluate", "tiny evaluate cola"}
@@ -222,7 +223,7 @@ def test_runs_last_as_long_as_their_stages_did(uri: str, evaluated: Config) -> N
 
 
 def test_a_requeued_run_starts_with_its_first_attempt(uri: str, evaluated: Config) -> None:
-    start_record(evaluated, "pretrain", {}, {})
+    start_record(evaluated, "pretrain", INPUTS, {})
     shutil.rmtree(evaluated.run_folder / "evaluate")
     runs = mirror(evaluated, uri, "requeued", owner_alive=True)
     assert {name: run.info.status for name, run in runs.items()} == {
