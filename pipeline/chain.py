@@ -171,7 +171,7 @@ def _decide_evaluate(config: Config, upstream: StageRecord | None, forced: bool)
     changed = differences(record.inputs, inputs)
     foreign = [line for line in changed if line.startswith("evaluate.") and not line.startswith(EVALUATE_SELECTION)]
     results = read_results(stage_folder(config, "evaluate") / "results.json")
-    if foreign and results and not forced:
+    if foreign and not forced and (results or any(stage_folder(config, "evaluate").glob("**/seed_*/result.json"))):
         raise refuse_changed_recipe(config, foreign)
     if changed:
         return Decision("evaluate", "run", f"changed: {'; '.join(changed)}; finished units are kept", inputs)
@@ -282,7 +282,7 @@ def execute_stage(config: Config, decision: Decision, process: Process) -> None:
     """
     stage = decision.stage
     if process.rank == 0:
-        record = start_record(config, stage, decision.inputs, describe_environment())
+        record = start_record(config, stage, decision.inputs, describe_environment(), shared=stage in SHARED)
     else:
         record = _record_of_other_rank(config, stage, decision)
     try:

@@ -68,6 +68,9 @@ def run_evaluate(config: Config, record: StageRecord, process: Process) -> bool:
         remove_abandoned(folder)
         set_aside_others(folder, record.fingerprint)
     of_each = _agree(control, lambda: _plan(config, folder))
+    if process.rank == 0:
+        for label in of_each:
+            set_aside_others(folder / label, record.fingerprint)
     units = [unit for of_one in of_each.values() for unit in of_one]
     logger.info("%s: %d of %d units to do", ", ".join(of_each), sum(not u.finished() for u in units), len(units))
 
@@ -75,20 +78,27 @@ def run_evaluate(config: Config, record: StageRecord, process: Process) -> bool:
     share, shares = element * process.world_size + process.rank, elements * process.world_size
     shift, stop = Shift(units, share, shares, may_leave=elements > 1), StopRequest()
     chosen = next(iter(of_each.values()))
-    _work(config, shift, Runner(config, device), stop, lambda: write_progress(folder, gather(config, chosen, record)))
+    runner = Runner(config, device)
+    gave_up = _work(config, shift, runner, stop, lambda: write_progress(folder, gather(config, chosen, record)))
 
-    (stops,) = control.sum([float(stop.reason() is not None)])
+    stops, gave_up = control.sum([float(stop.reason() is not None), float(gave_up)])
     done = f"{sum(unit.finished() is not None for unit in units)} of {len(units)} units done"
     if stops:
         ignore_stop_signals()
         raise StoppedEarly(f"stopped with {done}; the same command goes on")
     if elements > 1 and shift.pending():
+        if gave_up:
+            raise ElectraError(
+                f"{done}, and {_MOST_FAILURES_IN_A_ROW} in a row failed here, as if this machine were at fault; other "
+                "jobs of the array may do the rest, and the same command tries it again"
+            )
         logger.info("%s; other jobs of the array do the rest", done)
         return False
     if process.rank == 0:
-        _refuse_missing(folder, units, done)
         for of_one in of_each.values():
-            write_results(folder, gather(config, of_one, record), of_one)
+            if all(unit.finished() for unit in of_one):
+                write_results(folder, gather(config, of_one, record), of_one)
+        _refuse_missing(folder, units, done)
         results = gather(config, chosen, record)
         write_summary(folder, results)
         remove_abandoned(folder, below=False)  # of processes that were killed since
@@ -134,8 +144,12 @@ def _agree(control: Control, plan: Callable[[], Plan]) -> Plan:
     return planned
 
 
-def _work(config: Config, shift: Shift, runner: Runner, stop: StopRequest, report: Callable[[], None]) -> None:
-    """Does units until there are none left to begin; a failure is noted beside its unit, and the next one goes on."""
+def _work(config: Config, shift: Shift, runner: Runner, stop: StopRequest, report: Callable[[], None]) -> bool:
+    """Does units until there are none left to begin; a failure is noted beside its unit, and the next one goes on.
+
+    Returns:
+        Whether it gave up, as one unit after another failed.
+    """
     failures_in_a_row = 0
     for unit, claim in shift.claims(stop.reason):
         with claim:
@@ -144,7 +158,7 @@ def _work(config: Config, shift: Shift, runner: Runner, stop: StopRequest, repor
                 failures_in_a_row = 0
             except Exception as error:  # whatever it is, the other units are not to suffer
                 unit.write_failure(error, shift.process)
-                logger.error("%s failed: %s", unit.name, error, exc_info=not isinstance(error, ElectraError))
+                logger.error("%s failed: %s", unit.name, error, exc_info=not isinstance(error, ElectraError | OSError))
                 failures_in_a_row += not isinstance(error, ElectraError)
                 result = None
         if result:
@@ -153,7 +167,8 @@ def _work(config: Config, shift: Shift, runner: Runner, stop: StopRequest, repor
         report()
         if failures_in_a_row == _MOST_FAILURES_IN_A_ROW:
             logger.error("%d units failed in a row, as if this machine were at fault; no more here", failures_in_a_row)
-            return
+            return True
+    return False
 
 
 def _refuse_missing(folder: Path, units: list[Unit], done: str) -> None:
@@ -169,7 +184,7 @@ def _refuse_missing(folder: Path, units: list[Unit], done: str) -> None:
     lines = [f"{names[0]}{f' and {len(names) - 1} more' * (len(names) > 1)}: {why}" for why, names in of_reason.items()]
     raise ElectraError(
         f"{done}, the others failed:\n  " + "\n  ".join(lines) + f"\n{folder}/results_so_far.json has what is there, "
-        "and the same command tries the rest again"
+        "and a checkpoint that is done its own results.json; the same command tries the rest again"
     )
 
 

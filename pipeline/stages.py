@@ -149,11 +149,25 @@ def write_record(config: Config, record: StageRecord) -> None:
         raise OSError(error.errno, error.strerror, str(path)) from None
 
 
-def start_record(config: Config, stage: str, inputs: dict[str, Any], environment: dict[str, Any]) -> StageRecord:
-    """Marks a stage as running; an earlier attempt with the same inputs is continued."""
+def start_record(
+    config: Config, stage: str, inputs: dict[str, Any], environment: dict[str, Any], shared: bool = False
+) -> StageRecord:
+    """Marks a stage as running; an earlier attempt with the same inputs is continued.
+
+    Args:
+        config: The run.
+        stage: The stage.
+        inputs: Its own.
+        environment: This attempt's.
+        shared: Whether elements of an array may do this at once: their records are to be of one lineage.
+    """
     record = read_record(config, stage)
     if record is None or record.inputs != inputs:
-        record = StageRecord(stage, "running", inputs, started_unix_s=time.time(), attempts=0)
+        before, record = record, StageRecord(stage, "running", inputs, started_unix_s=time.time(), attempts=0)
+        if shared:
+            asides = len(list(config.run_folder.glob(f"{stage}.aside-*")))
+            origin = before.lineage if before else f"{run_identity(config)}/{stage}/{asides}"
+            record.lineage = content_key({"origin": origin, "inputs": inputs})
     record.state, record.environment, record.ended_unix_s = "running", environment, None
     record.attempts += 1
     write_record(config, record)

@@ -1,6 +1,6 @@
 """Who does which unit: a claim beside it, and a heartbeat that shows its owner at work, on any node.
 
-    <unit>/claim                     name of the owner's heartbeat file; made by link, so that one of many succeeds
+    <unit>/claim                     name of the owner's heartbeat file; made by a link, so that one of many succeeds
     <unit>/.claim.<host>~<pid>.tmp   touched every few seconds
 
 A claim whose owner is gone is taken over: at once where the process was on this host, else after a minute without a
@@ -8,6 +8,7 @@ heartbeat. There are no locks, which network file systems do not all have. Were 
 results are the same.
 """
 
+import errno
 import os
 import re
 import threading
@@ -62,16 +63,13 @@ def take(folder: Path, watch: Watch) -> Claim | None:
         _remove_stale(claim, owner)
     heartbeat = temporary_path(claim)
     heartbeat.write_text("")
-    name = temporary_path(folder / "claim.name")
-    name.write_text(heartbeat.name)
+    is_ours = False
     try:
-        os.link(name, claim)
-    except FileExistsError:  # another process was first
-        heartbeat.unlink()
-        return None
+        is_ours = _create(claim, heartbeat.name)
     finally:
-        name.unlink()
-    return Claim(claim, heartbeat)
+        if not is_ours:
+            heartbeat.unlink()
+    return Claim(claim, heartbeat) if is_ours else None
 
 
 def clear(folder: Path) -> None:
@@ -86,11 +84,33 @@ def is_beating(folder: Path, watch: Watch) -> bool:
     return owner is not None and bool(_HEARTBEAT.fullmatch(owner)) and watch.is_beating(folder / owner)
 
 
+def _create(claim: Path, owner: str) -> bool:
+    """Makes a claim, and at once with its content; False where there is one."""
+    name = temporary_path(claim.with_name("claim.name"))
+    name.write_text(owner)
+    try:
+        try:
+            os.link(name, claim)
+        except FileExistsError:
+            raise
+        except OSError:  # no hard links on this file system
+            os.symlink(owner, claim)
+    except FileExistsError:
+        return False
+    finally:
+        name.unlink()
+    return True
+
+
 def _read(claim: Path) -> str | None:
     try:
+        if claim.is_symlink():
+            return os.readlink(claim)
         return claim.read_text(encoding="utf-8", errors="replace")
-    except FileNotFoundError:
-        return None
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ESTALE):  # NFS: removed by another node while it was open
+            return None
+        raise
 
 
 def _remove_stale(claim: Path, owner: str) -> None:
@@ -98,9 +118,8 @@ def _remove_stale(claim: Path, owner: str) -> None:
     aside = temporary_path(claim.with_name("stale"))
     with suppress(FileNotFoundError):
         os.rename(claim, aside)
-        if _read(aside) != owner:
-            with suppress(FileExistsError):
-                os.link(aside, claim)
+        if (other := _read(aside)) is not None and other != owner:
+            _create(claim, other)
         aside.unlink()
     if _HEARTBEAT.fullmatch(owner):
         (claim.parent / owner).unlink(missing_ok=True)

@@ -128,7 +128,7 @@ def _strings(value: Any, what: str) -> tuple[str, ...]:
     for number, one in enumerate(value):
         if isinstance(one, int) and what == "tags":
             raise ValueError(f"tag number {one} has no name; give the names in order as hub.labels")
-        if not isinstance(one, str) or not one or one.isspace():
+        if not isinstance(one, str) or not one.strip(" \t\r\n"):
             raise ValueError(f"number {number} of the {what} is empty or not a text: {one!r}")
     return tuple(value)
 

@@ -23,6 +23,7 @@ from pipeline.evaluation.features import Feature, collate, split_by_tokens
 from pipeline.evaluation.partial import PartialState
 from pipeline.evaluation.processors import Processor
 from pipeline.evaluation.recipes import Recipe
+from pipeline.log import logger
 from pipeline.optimizer import ElectraAdamW, group_parameters
 from pipeline.schedule import linear_times_warmup
 
@@ -104,16 +105,23 @@ class FineTuning:
         self._model.train()
         while self.step < self.plan.steps:
             if should_stop():
-                partial.save(self._model, self._optimizer, self.step)
+                self._save(partial)
                 return False
             if time.monotonic() - saved_at > _SAVE_EVERY_S:
-                partial.save(self._model, self._optimizer, self.step)
+                self._save(partial)
                 saved_at = time.monotonic()
             norms.append(self._train_step())
             if len(norms) == _STEPS_BETWEEN_CHECKS or self.step == self.plan.steps:
                 self._refuse_divergence(norms)
                 norms = []
         return True
+
+    def _save(self, partial: PartialState) -> None:
+        """Without room for it only a stop would lose anything, so training goes on."""
+        try:
+            partial.save(self._model, self._optimizer, self.step)
+        except OSError as error:
+            logger.warning("%s; a stop now would lose the steps since the last one", error)
 
     def _train_step(self) -> Tensor:
         """One update; returns the gradient's norm before it was clipped."""

@@ -8,7 +8,6 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from data_shards.temporaries import publish, temporary_path
-from pipeline.errors import ElectraError
 from pipeline.log import logger
 from pipeline.optimizer import ElectraAdamW
 
@@ -65,14 +64,14 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], about: dict[str, str])
     """A safetensors file, whole or absent.
 
     Raises:
-        ElectraError: It cannot be written.
+        OSError: It cannot be written.
     """
     temporary = temporary_path(path)
     try:
         save_file({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, temporary, about)
         publish(temporary, path)
     except (SafetensorError, OSError) as error:
-        raise ElectraError(f"{path}: cannot be written ({error}); check permissions and free space") from error
+        raise OSError(f"{path}: cannot be written ({error}); check permissions and free space") from error
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -11,6 +11,7 @@
 
 import csv
 import json
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from operator import itemgetter
@@ -218,6 +219,7 @@ def _object(path: Path, place: int | str, row: Any, wanted: Wanted, on_bad: OnBa
 
 
 _ABSENT = object()
+_SPACES = re.compile(" +")
 
 
 def _named(
@@ -276,13 +278,13 @@ def _read_conll(path: Path, wanted: Wanted, on_bad: OnBad) -> Iterator[Row]:
     number, start, problem = 0, 1, ""
     for number, raw in _lines(path):
         line = raw.rstrip("\r\n")
-        if not line.strip():
+        if not line.strip(" \t"):
             yield from _sentence(path, start, tokens, problem, wanted, on_bad)
             tokens, problem = [], ""
             continue
         if line.startswith("-DOCSTART-") or (universal and line.startswith("#")):
             continue
-        cells = line.split("\t") if "\t" in line else line.split()
+        cells = line.split("\t") if "\t" in line else _SPACES.split(line.strip(" "))
         if universal and ("-" in cells[0] or "." in cells[0]):
             continue
         start = start if tokens or problem else number

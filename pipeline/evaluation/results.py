@@ -116,13 +116,14 @@ def _describe_grid(task: Task, by_point: dict[str, list[Unit]], done: dict[Unit,
 
 
 def set_aside_others(folder: Path, fingerprint: str) -> None:
-    """Renames results of other inputs to ``*.before``: they would stand beside the units of these."""
+    """Renames results of other inputs to ``*.before-N``: they would stand beside the units of these."""
     if (read_results(folder / "results.json") or {}).get("fingerprint") == fingerprint:
         return
+    number = 1 + len(list(folder.glob("results.before-*.json")))
     for name in ("results.json", "results.md"):
         path = folder / name
         with suppress(FileNotFoundError):  # none there, or another element of an array was first
-            os.replace(path, path.with_name(f"{path.stem}.before{path.suffix}"))
+            os.replace(path, path.with_name(f"{path.stem}.before-{number}{path.suffix}"))
 
 
 def write_progress(folder: Path, results: Results) -> None:

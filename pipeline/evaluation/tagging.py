@@ -92,7 +92,7 @@ class TaggingProcessor:
         return [[self._tags[next(numbers)] for _ in feature.targets] for feature in features]
 
     def outcome(self, split: str, features: Sequence[TagFeature], outputs: list[Any]) -> Outcome:
-        """Metrics of a labelled split, and what is written of any: tags in the scheme of the files."""
+        """Metrics of a labelled split, and what is written of any: tags in the files' scheme, or BIO for BIOES."""
         sentences = self._task.examples(split)
         predicted: list[list[str]] = [[] for _ in sentences]
         for feature, tags in zip(features, outputs, strict=True):  # a sentence's windows stand in order
@@ -104,6 +104,8 @@ class TaggingProcessor:
             for sentence, tags in zip(sentences, predicted, strict=True)
         ]
         labels = [list(sentence.tags) for sentence in sentences if sentence.tags is not None]
+        if self._converts:
+            labels = [to_bio(tags) for tags in labels]
         metrics = {}
         if len(labels) == len(sentences):
             metrics = {name: score(name, labels, predicted) for name in self._task.config.metrics}

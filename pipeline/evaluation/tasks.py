@@ -113,12 +113,17 @@ class Task:
         """Reads every split.
 
         Raises:
-            ConfigError: As ``examples`` and ``classes``.
+            ConfigError: As ``examples`` and ``classes``; ``no_answer``, and no question of train is without one.
             DamagedError: As ``examples`` and ``classes``.
         """
         for split in self.files:
             self.examples(split)
         self.classes()
+        if self.config.no_answer and all(question.answers for question in self.examples("train")):
+            raise ConfigError(
+                f"{self.files['train'][0]}: task {self.name} has no_answer: true, but every question has an answer, as "
+                "in SQuAD 1.1; put the right file in place, or say no_answer: false"
+            )
 
     def _read(self, split: str) -> list[AnyExample]:
         labelled = split not in self.config.test
@@ -204,9 +209,12 @@ def load_tasks(config: Config) -> list[Task]:
     """The tasks of ``evaluate.tasks`` and where their files are; nothing of those is read yet.
 
     Raises:
-        ConfigError: An unknown task, a wrong task file, or data that is not there.
+        ConfigError: An unknown task, a wrong task file, or data that is not there; two tasks of different datasets have
+            one file, or would write one.
     """
-    return [_locate(task, config.evaluate.data_dir, folders) for task, folders in _task_files(config)]
+    tasks = [_locate(task, config.evaluate.data_dir, folders) for task, folders in _task_files(config)]
+    _refuse_in_common(tasks)
+    return tasks
 
 
 def load_task_configs(config: Config) -> list[TaskConfig]:
@@ -237,6 +245,28 @@ def _locate(config: TaskConfig, data_dir: Path | None, folders: tuple[Path, ...]
     if absent:
         _say_once(f"evaluate: task {config.name}: no file for {', '.join(absent)}; scored and predicted without")
     return Task(config, {split: paths for split, paths in found.items() if paths})
+
+
+def _refuse_in_common(tasks: list[Task]) -> None:
+    """What stands in no folder of its own may be any dataset's; and a file to submit has one task's predictions."""
+    readers: dict[Path, Task] = {}
+    writers: dict[str, Task] = {}
+    for task in tasks:
+        hub = task.config.hub
+        for path in (path for split, paths in task.files.items() for path in paths if hub and split in hub.splits):
+            other = readers.setdefault(path, task)
+            if hub and other.config.hub and other.config.hub.path != hub.path:
+                raise ConfigError(
+                    f"evaluate: tasks {other.name} and {task.name} would both read {path}, which cannot be both "
+                    f"{other.config.hub.path} and {hub.path}; put each below evaluate.data_dir in a folder of that name"
+                )
+        for test in task.tests():
+            other = writers.setdefault(test, task)
+            if other is not task:
+                raise ConfigError(
+                    f"evaluate: tasks {other.name} and {task.name} would both write the predictions called {test}; "
+                    "say test: {} in the file of one of them"
+                )
 
 
 def _missing(config: TaskConfig, split: str, data_dir: Path | None, folders: tuple[Path, ...]) -> ConfigError:

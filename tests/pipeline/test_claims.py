@@ -1,5 +1,6 @@
 """Claims: one owner at a time, taken over from the dead, left to the living."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -33,6 +34,18 @@ def start_holder(folder: Path) -> subprocess.Popen[str]:
     return process
 
 
+@pytest.fixture(params=[True, False])
+def links(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file system's hard links, and one that has none."""
+
+    def link(*_: object) -> None:
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+
+    if not request.param:
+        monkeypatch.setattr(os, "link", link)
+
+
+@pytest.mark.usefixtures("links")
 def test_a_claim_is_one_processs_and_leaves_nothing_behind(tmp_path: Path) -> None:
     holder = start_holder(tmp_path)
     assert take(tmp_path, Watch()) is None
@@ -42,7 +55,30 @@ def test_a_claim_is_one_processs_and_leaves_nothing_behind(tmp_path: Path) -> No
     assert claim is not None  # its owner is gone, which shows at once on one host
     with claim:
         assert (tmp_path / "claim").exists()
+        assert take(tmp_path, Watch()) is None
     assert list(tmp_path.iterdir()) == []
+
+
+def test_without_links_of_either_kind_the_error_is_the_systems(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def link(*_: object) -> None:
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+
+    monkeypatch.setattr(os, "link", link)
+    monkeypatch.setattr(os, "symlink", link)
+    with pytest.raises(OSError, match="not supported"):
+        take(tmp_path, Watch())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_claim_that_goes_away_while_it_is_read_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def read_text(*_: object, **__: object) -> str:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    monkeypatch.setattr(Path, "read_text", read_text)
+    claim = take(tmp_path, Watch())
+    assert claim
+    with claim:
+        pass
 
 
 def test_of_two_that_want_a_dead_ones_unit_one_gets_it(tmp_path: Path) -> None:

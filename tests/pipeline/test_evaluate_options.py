@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from textwrap import dedent
 
 import pytest
 from mlflow import MlflowClient
@@ -119,6 +120,67 @@ def test_a_unit_that_fails_does_not_stop_the_rest(trained: list[str], electra: E
     wild.write_text(wild.read_text().replace("1.0e+38", "1.0e-4"))
     assert "2 of 4 units to do" in electra("evaluate", *arguments).stderr
     assert set(results_of(trained)["tasks"]) == {"fine", "wild"}
+
+
+def test_the_recipe_stays_that_of_the_units_that_are_done(trained: list[str], electra: Electra, write_task) -> None:
+    """Also where there are no results yet: a unit failed, or the stage was stopped."""
+    fine, wild = write_task("fine"), write_task("wild")
+    wild.write_text(wild.read_text() + "recipe: {lr: 1.0e+38, warmup_fraction: 0}\n")
+    tasks = f'evaluate.tasks=["{wild}", "{fine}"]'
+    electra("run", *trained, "run.name=options", tasks, "evaluate.epochs=2", *AFRESH, code=1)
+    folder = Path(trained[0]).parent / "out/runs/options/evaluate"
+    assert not (folder / "results.json").exists()
+    results = {path: path.read_bytes() for path in folder.glob("*/fine/seed_*/result.json")}
+    refused = electra("evaluate", *trained, "run.name=options", tasks, "evaluate.epochs=1", code=78).stderr
+    assert "evaluate.epochs: 2 -> 1" in refused and "nothing was touched" in refused
+    assert len(results) == 2 and all(path.read_bytes() == content for path, content in results.items())
+
+
+def test_a_checkpoint_whose_units_are_done_has_results_though_others_failed(
+    trained: list[str], electra: Electra, write_task
+) -> None:
+    ill_fated = """
+        from pipeline.evaluation.finetune import DivergedError
+        from pipeline.evaluation.runner import Runner
+        run = Runner.run
+        def fail(self, unit, should_stop):
+            if unit.seed in (2, 3) and unit.pretrained.step == 10:
+                raise DivergedError("it diverged")
+            return run(self, unit, should_stop)
+        Runner.run = fail
+    """
+    arguments = [*trained, f'evaluate.tasks=["{write_task("some")}"]', *FAST, "evaluate.more_checkpoints=[10]"]
+    failed = electra("run", *arguments, *AFRESH, code=1, first=dedent(ill_fated)).stderr
+    assert "3 of 4 units done, the others failed:\n  step_00000010, some, seed 2: it diverged" in failed
+    folder = Path(trained[0]).parent / "out/runs/options/evaluate"
+    assert [path.parent.name for path in folder.glob("*/results.json")] == ["step_00000015"]
+    electra("run", *arguments)
+    assert len(list(folder.glob("*/results.json"))) == 2 and (folder / "results.json").exists()
+    electra("run", *arguments, "evaluate.seeds=3", code=1, first=dedent(ill_fated))
+    assert sorted(path.name for path in folder.glob("step_00000010/results*")) == [
+        "results.before-1.json", "results.before-1.md",
+    ]  # fmt: skip
+
+
+def test_an_element_of_an_array_that_can_do_no_unit_does_not_end_well(
+    trained: list[str], electra: Electra, write_task
+) -> None:
+    sick = """
+        from pipeline.evaluation.runner import Runner
+        def fail(*_):
+            raise OSError("the GPU has fallen off the bus")
+        Runner.run = fail
+    """
+    element = """
+        import os
+        os.environ.update(SLURM_ARRAY_TASK_COUNT="2", SLURM_ARRAY_TASK_MIN="0", SLURM_ARRAY_TASK_MAX="1",
+                          SLURM_ARRAY_TASK_ID="1")
+    """
+    arguments = [*trained, f'evaluate.tasks=["{write_task("some")}"]', *FAST, "evaluate.seeds=5", *AFRESH]
+    ended = electra("run", *arguments, code=1, first=dedent(element) + dedent(sick)).stderr
+    assert "0 of 5 units done, and 3 in a row failed here, as if this machine were at fault" in ended
+    ended = electra("run", *arguments[:-2], first=dedent(element)).stderr
+    assert "5 of 5 units to do" in ended and "evaluate: done" in ended
 
 
 def test_mlflow_has_a_run_for_each_task_with_its_seeds_as_steps(

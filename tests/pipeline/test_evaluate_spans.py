@@ -33,7 +33,7 @@ def write_squad(folder: Path, name: str, no_answer: bool) -> Path:
     path.write_text(
         f"name: {name}\nkind: question_answering\ntrain: {name}_train.json\ndev: {name}_dev.json\n"
         f"text: [question, context]\nlabel: answers\nmetrics: [exact, f1]\nno_answer: {str(no_answer).lower()}\n"
-        "recipe: {max_question_length: 6, stride: 10}\ntest: {blind: %s_dev.json}\n" % name
+        "recipe: {max_question_length: 6, stride: 10}\ntest: {%s_blind: %s_dev.json}\n" % (name, name)
     )
     return path
 
@@ -55,7 +55,7 @@ def test_spans_are_learned_and_scored(shared_config: Path, electra: Electra, tmp
     unit = folder / "step_00000001/sometimes/seed_1"
     files = {
         name: json.loads((unit / f"{name}.json").read_text())
-        for name in ("predictions", "predictions_answered", "null_odds", "test_blind")
+        for name in ("predictions", "predictions_answered", "null_odds", "test_sometimes_blind")
     }
     dev = json.loads((tmp_path / "sometimes_dev.json").read_text())["data"][0]["paragraphs"]
     answers = {q["id"]: [answer["text"] for answer in q["answers"]] for p in dev for q in p["qas"]}
@@ -64,5 +64,6 @@ def test_spans_are_learned_and_scored(shared_config: Path, electra: Electra, tmp
     assert files["predictions"] == {
         name: "" if files["null_odds"][name] > 0 else text for name, text in files["predictions_answered"].items()
     }
-    assert json.loads((folder / "step_00000001/submission/blind.json").read_text()) == files["test_blind"]
+    submitted = folder / "step_00000001/submission/sometimes_blind.json"
+    assert json.loads(submitted.read_text()) == files["test_sometimes_blind"]
     assert set(map(type, files["predictions"].values())) == {str}

@@ -171,6 +171,15 @@ def test_words_are_tagged_at_their_first_token_and_long_sentences_in_parts(tmp_p
     assert json.loads(outcome.files["predictions.jsonl"])["prediction"] == ["B-X", "I-X", "O", "O", "B-X"]
 
 
+@pytest.mark.parametrize("tags", [["B-X", "I-X", "O", "B-Y"], ["I-X", "I-X", "O", "I-Y"], ["B-X", "E-X", "O", "S-Y"]])
+def test_what_is_right_is_right_in_any_scheme_of_the_files(tags: list[str], tmp_path: Path) -> None:
+    rows = [{"id": "1", "a": ["a", "b", "c", "d"], "label": tags}]
+    task = make_task(tmp_path, rows, "tagging", tag_scheme="bioes", metrics=["span_f1", "accuracy"])
+    processor = TaggingProcessor(task, recipe("tagging", max_length=8), Letters())  # type: ignore[arg-type]
+    outcome = processor.outcome("dev", processor.features("train"), [["B-X", "E-X", "O", "S-Y"]])
+    assert outcome.metrics == {"span_f1": 1.0, "accuracy": 1.0}
+
+
 def question(number: int, context: str, text: str | None) -> dict:
     answers = {"text": [text] if text else [], "answer_start": [context.index(text)] if text else []}
     return {"id": str(number), "question": "abc", "context": context, "answers": answers}
@@ -279,6 +288,20 @@ def test_a_partial_state_of_another_unit_or_a_damaged_one_is_not_used(tmp_path: 
     (tmp_path / "partial").write_bytes((tmp_path / "partial").read_bytes()[:-100])
     assert PartialState(tmp_path / "partial", "one").load(model, other._optimizer) == 0
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_without_room_for_a_partial_state_the_unit_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(finetune, "_SAVE_EVERY_S", 0)
+    _, run, _ = training(tmp_path, recipe(epochs=1, batch_size=6))
+    partial = PartialState(tmp_path / "absent" / "partial", "f")
+    with caplog.at_level("WARNING"):
+        assert run.run(partial, lambda: False)
+        assert run.step == run.plan.steps == 4
+        assert not training(tmp_path, recipe())[1].run(partial, lambda: True)
+    assert caplog.text.count("cannot be written") == 5
+    assert "a stop now would lose the steps since the last one" in caplog.text
 
 
 def test_a_batch_in_several_passes_is_the_same_update(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -232,10 +232,14 @@ def test_results_of_other_inputs_are_set_aside(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"results.json", "results.md", "results_so_far.json"}
     set_aside_others(tmp_path, "others")
     assert {path.name for path in tmp_path.iterdir()} == {
-        "results.before.json", "results.before.md", "results_so_far.json",
+        "results.before-1.json", "results.before-1.md", "results_so_far.json",
     }  # fmt: skip
-    assert json.loads((tmp_path / "results.before.json").read_text()) == content
-    assert (tmp_path / "results.before.md").read_text() == "table"
+    assert json.loads((tmp_path / "results.before-1.json").read_text()) == content
+    assert (tmp_path / "results.before-1.md").read_text() == "table"
+    write_json(tmp_path / "results.json", content | {"fingerprint": "others"})
+    set_aside_others(tmp_path, "ours")
+    assert json.loads((tmp_path / "results.before-1.json").read_text()) == content
+    assert json.loads((tmp_path / "results.before-2.json").read_text())["fingerprint"] == "others"
 
 
 def test_another_element_of_an_array_may_set_them_aside_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -249,7 +253,7 @@ def test_another_element_of_an_array_may_set_them_aside_first(tmp_path: Path, mo
 
     monkeypatch.setattr(os, "replace", overtaken)
     set_aside_others(tmp_path, "others")
-    assert {path.name for path in tmp_path.iterdir()} == {"results.before.json", "results.before.md"}
+    assert {path.name for path in tmp_path.iterdir()} == {"results.before-1.json", "results.before-1.md"}
 
 
 @pytest.fixture(scope="module")

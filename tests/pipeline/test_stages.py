@@ -134,6 +134,21 @@ def test_a_lock_is_seen_through_a_file_that_is_open_for_reading_on_nfs(
     assert is_running(config.run_folder) == is_held
 
 
+def test_elements_of_an_array_that_start_at_once_are_of_one_lineage(config: Config) -> None:
+    lineages = []
+    for inputs in ({"a": 1}, {"a": 2}, {"a": 1}):
+        path = config.run_folder / "evaluate/stage.json"
+        before = path.read_bytes() if path.exists() else None
+        first = start_record(config, "evaluate", inputs, {}, shared=True)
+        assert start_record(config, "evaluate", inputs, {}, shared=True).lineage == first.lineage  # it came after
+        path.write_bytes(before) if before else path.unlink()
+        assert start_record(config, "evaluate", inputs, {}, shared=True).lineage == first.lineage  # it did not see it
+        lineages.append(first.lineage)
+    stages.move_aside(config, "evaluate")
+    lineages.append(start_record(config, "evaluate", {"a": 1}, {}, shared=True).lineage)
+    assert len(set(lineages)) == 4
+
+
 def test_status_and_compare_agree_where_locks_do_not_tell(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     without_locks(monkeypatch, "absent")
     start_record(config, "pretrain", {}, {})

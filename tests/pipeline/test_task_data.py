@@ -186,6 +186,11 @@ def test_conll_columns(read: Read) -> None:
     assert read("b.anything", "Cats\nrun\n", split="T", **TAGGING) == [TaggedSentence("0", ("Cats", "run"), None)]
 
 
+def test_spaces_that_belong_to_a_word_stay_in_it(read: Read) -> None:
+    content = "10\u00a0000 B-NUM\n\u3000  O\n"
+    assert read("a.txt", content, **TAGGING) == [TaggedSentence("0", ("10\u00a0000", "\u3000"), ("B-NUM", "O"))]
+
+
 def test_conll_u_has_comments_and_words_that_are_none(read: Read) -> None:
     lines = ["# text = x", "1-2|don't|_|_", "1|do|do|AUX", "2|n't|not|PART", "2.1|x|x|X", "", "# y", "1|#|#|SYM"]
     keys = {"kind": "tagging", "text": ["1"], "label": "3"}

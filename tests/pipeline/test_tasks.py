@@ -231,6 +231,35 @@ def test_a_hub_dataset_without_configuration_may_be_data_dir_itself(tmp_path: Pa
     assert task.examples("dev")[0].answers[0].start == 2
 
 
+def test_two_datasets_in_one_place_are_refused(tmp_path: Path) -> None:
+    answers = [{"text": ["b"], "answer_start": [2]}, {"text": [], "answer_start": []}]
+    columns = {"id": ["x", "y"], "question": ["q", "r"], "context": ["a b", "a b"], "answers": answers}
+    folder = tmp_path / "rajpurkar/squad_v2"
+    for split in ("train", "validation"):
+        parquet(folder / f"{split}-00000-of-00001.parquet", columns)
+    (task,) = load("squad2", data_dir=folder)
+    task.check()
+    with pytest.raises(
+        ConfigError, match=r"squad1 and squad2 would both read .*, which cannot be both rajpurkar/squad "
+    ):
+        load("squad1", "squad2", data_dir=folder)
+    for split in ("train", "validation"):
+        parquet(tmp_path / f"rajpurkar/squad/{split}.parquet", {name: values[:1] for name, values in columns.items()})
+    assert len(load("squad1", "squad2", data_dir=tmp_path)) == 2
+    (task,) = load("squad2", data_dir=tmp_path / "rajpurkar/squad")
+    with pytest.raises(ConfigError, match=r"no_answer: true, but every question has an answer, as in SQuAD 1\.1"):
+        task.check()
+
+
+def test_two_tasks_do_not_write_one_file_to_submit(small: Path, write: Write) -> None:
+    small.write_text(HEAD + "test: {T: dev.tsv}\n")
+    other = write("other.yaml", f"name: other\nlike: {small}\ntrain: train.tsv\n")
+    with pytest.raises(ConfigError, match=r"t and other would both write the predictions called T; say test: \{\} in"):
+        load(small, other)
+    other.write_text(other.read_text() + "test: {}\n")
+    assert [task.tests() for task in load(small, other)] == [["T"], []]
+
+
 def test_parts_that_are_not_there_are_said_once(small: Path, write: Write, said: pytest.LogCaptureFixture) -> None:
     small.write_text(HEAD + "also: {more: more.tsv, other: other.tsv}\ntest: {T: test.tsv}\n")
     write("other.tsv", tsv("text|label", "four|b"))
