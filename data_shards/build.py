@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from data_shards.corpus import Task, plan_tasks
-from data_shards.documents import Counts
+from data_shards.documents import Counts, refuse_other_encoding
 from data_shards.errors import DamagedDataError
 from data_shards.store import Manifest, write_manifest
 from data_shards.tasks import SHARD_NAMES, FolderJob, TaskResult, finished, loaded, record_path, run_task
@@ -110,7 +110,9 @@ def build_folder(
 
 def _manifest_of(job: FolderJob, inputs: dict[str, Any], results: list[TaskResult]) -> Manifest:
     tokenizer = loaded(job.tokenizer_folder)
-    counts = sum((result.counts for result in results), Counts()).to_dict()
+    found = sum((result.counts for result in results), Counts())
+    refuse_other_encoding(found)
+    counts = found.to_dict()
     del counts["examples"]  # they name paths
     manifest = Manifest(
         corpus=job.corpus.name,

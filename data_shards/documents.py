@@ -19,8 +19,10 @@ from data_shards.errors import DamagedDataError
 LONGEST_DOCUMENT_BYTES = 4 << 20
 # A line of jsonl is parsed in one piece. Base64 and escapes make it longer than its text.
 LONGEST_JSON_LINE_BYTES = 256 << 20
-# More damaged documents than this are no accident: the file is in another encoding.
+# Of a corpus; more damaged documents are no accident: the file is in another encoding.
 MAX_DAMAGED_FRACTION = 0.01
+# Of what has been read, where damage may lie close together: when it is not worth to read on.
+_MANY_DAMAGED, _EARLY_FRACTION = 100, 0.1
 MAX_EXAMPLES = 5
 
 _HALF_SURROGATE = re.compile("[\ud800-\udfff]")
@@ -74,10 +76,9 @@ def read_documents(corpus: Corpus, task: Task, counts: Counts) -> Iterator[str]:
     Raises:
         DamagedDataError: A file that cannot be unpacked, a jsonl line that is not
             an object with the text column, a table without it, a value in it that
-            is not text; after the last document, too many that are not UTF-8.
+            is not text; after the last document, far too many of ``counts`` that are not UTF-8.
     """
     reader = _Reader(counts)
-    documents_before, errors_before = counts.documents, counts.encoding_errors
     for piece in task.slices:
         if corpus.format == "text":
             way = borders.WAYS[corpus.documents]
@@ -87,11 +88,20 @@ def read_documents(corpus: Corpus, task: Task, counts: Counts) -> Iterator[str]:
             yield from _read_jsonl(corpus, piece, reader)
         else:
             yield from _read_table(corpus, piece, reader)
-    num_errors, num_documents = counts.encoding_errors - errors_before, counts.documents - documents_before
-    if num_errors > MAX_DAMAGED_FRACTION * num_documents:
+    if counts.encoding_errors > _MANY_DAMAGED:
+        refuse_other_encoding(counts, _EARLY_FRACTION)
+
+
+def refuse_other_encoding(counts: Counts, most: float = MAX_DAMAGED_FRACTION) -> None:
+    """Ends where so many documents are damaged that it is no accident.
+
+    Raises:
+        DamagedDataError: More than this fraction of them.
+    """
+    if counts.encoding_errors > most * counts.documents:
         raise DamagedDataError(
-            f"{reader.first_error}; {num_errors:,} of {num_documents:,} documents have such errors and at most "
-            f"{MAX_DAMAGED_FRACTION:.0%} may; convert the file, for example with `iconv -f LATIN1 -t UTF-8`"
+            f"{counts.examples[0]}; {counts.encoding_errors:,} of {counts.documents:,} documents have such errors and "
+            f"at most {MAX_DAMAGED_FRACTION:.0%} may; convert the file, for example with `iconv -f LATIN1 -t UTF-8`"
         )
 
 
@@ -131,13 +141,11 @@ class _Reader:
     """Turns bytes and values into documents, and counts."""
 
     def __init__(self, counts: Counts):
-        self.first_error = ""
         self._counts = counts
         self._error_pending = False
 
     def note_error(self, message: str) -> None:
         """The next document counts as damaged."""
-        self.first_error = self.first_error or message
         self._error_pending = True
         if len(self._counts.examples) < MAX_EXAMPLES:
             self._counts.examples.append(message)

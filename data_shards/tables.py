@@ -12,6 +12,8 @@ from data_shards.errors import DamagedDataError, DataSettingError
 
 MODULES = ("parquet", "arrow")
 _ROWS_AT_ONCE = 256
+_CONTINUES = b"\xff\xff\xff\xff"
+"""Before each message of an arrow stream; at its end a length of 0 follows. (Before arrow 0.15 there was none.)"""
 _BYTES_TYPES = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view")
 
 
@@ -97,12 +99,23 @@ def read_column(format: str, path: str, column: str) -> Iterator[Any]:  # noqa: 
     from datasets import load_dataset
 
     with _as_damage(path, format):
+        if format == "arrow":
+            _refuse_cut_stream(path)
         # `datasets` takes a path for a glob pattern; [ and * in it stand for themselves
         files = glob.escape(os.path.abspath(path))
         # else `datasets` takes the first row group's size, which may be 0 and is then an error to pyarrow
         settings: dict[str, Any] = {"batch_size": _ROWS_AT_ONCE} if format == "parquet" else {}
         rows = load_dataset(format, data_files=files, split="train", streaming=True, **settings)
         yield from _column(rows, path, column)
+
+
+def _refuse_cut_stream(path: str) -> None:
+    """A stream that ends between two batches reads as a shorter one; who writes it to its end leaves a mark there."""
+    with open(path, "rb") as file:
+        is_stream = file.read(4) == _CONTINUES
+        file.seek(-min(8, os.path.getsize(path)), os.SEEK_END)
+        if is_stream and file.read() != _CONTINUES + bytes(4):
+            raise ValueError("a stream without the mark at its end: not written to the end, or cut off")
 
 
 def _column(rows: Any, path: str, column: str) -> Iterator[Any]:

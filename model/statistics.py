@@ -87,7 +87,8 @@ class Statistics:
         }
         found = {name: s[above] / s[below] for name, (above, below) in ratios.items() if s[below]}
         generator = ("policy_loss", "baseline_loss") if s["rewarded"] else ("generator_mlm_loss",)
-        learning_share = 1 - s["resting"] / s["masked"] if s["masked"] else 0.0
+        # The loss is divided by all that is selected, though samples of equal position leave some without reward.
+        learning_share = ((s["rewarded"] or s["masked"]) - s["resting"]) / s["masked"] if s["masked"] else 0.0
         weights = dict.fromkeys(generator, generator_weight * learning_share) if learning_share else {}
         weights |= {"discriminator_rtd_loss": discriminator_weight, "prediction_loss": prediction_weight}
         terms = [weight * found[name] for name, weight in weights.items() if name in found]

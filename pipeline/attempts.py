@@ -54,11 +54,13 @@ def refuse_to_start(config: Config, rank: int = 0) -> None:
     """What keeps pretraining from starting, though its results could be read.
 
     Raises:
-        ConfigError: A safeguard is asked for that would never do anything.
+        ConfigError: A safeguard is asked for that would never do anything; what is trained on would depend on how many
+            processes there are.
         StoppedByFile: The run's folder holds a file STOP.
         DoNotRequeueError: Requeues of this Slurm job get nowhere (rank 0).
     """
     _check_safeguards(config)
+    _check_normalization(config)
     file = config.run_folder / STOP_FILE
     if file.exists():
         raise StoppedByFile(f"{file} is there: remove it to go on" if rank == 0 else "")
@@ -79,6 +81,15 @@ def _check_safeguards(config: Config) -> None:
         raise ConfigError(
             f"train.spike_rollbacks={train.spike_rollbacks} goes back before a loss spike, and with "
             "train.spike_threshold=null none is found; set a threshold, or train.spike_rollbacks=0"
+        )
+
+
+def _check_normalization(config: Config) -> None:
+    train, begun = config.train, checkpoints.list_steps(stage_folder(config, "pretrain") / "checkpoints")
+    if config.objective.loss_normalization == "micro_batch" and train.micro_batch_size == "auto" and not begun:
+        raise ConfigError(
+            "train.micro_batch_size=auto follows from the number of processes, and with objective.loss_normalization="
+            "micro_batch (recipe: released) the loss follows from it; set train.micro_batch_size to a number of rows"
         )
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from data_shards.errors import DamagedDataError
 from data_shards.loader import KeyedRows, RowLoader
 from data_shards.order import MIXTURE_PERIOD_ROWS
 from data_shards.special import SpecialIds
@@ -72,8 +73,17 @@ def masking_rule(objective: ObjectiveConfig, sequence_length: int, special: Spec
 def to_micro_batch(
     rows: KeyedRows, config: Config, vocab_size: int, device: str, seed: int, weight: float
 ) -> MicroBatch:
-    """Masks rows on the host and moves them to ``device``."""
+    """Masks rows on the host and moves them to ``device``.
+
+    Raises:
+        DamagedDataError: An id that the vocabulary does not have; a GPU would read and write behind the table.
+    """
     objective, special = config.objective, rows.special
+    if rows.rows.token_ids.size and (highest := int(rows.rows.token_ids.max())) >= vocab_size:
+        raise DamagedDataError(
+            f"a row has the token id {highest:,}, but the vocabulary has {vocab_size:,}: a shard is damaged; find it "
+            f"by `electra shards verify {config.shards_dir}`, and restore it"
+        )
     token_ids_BT = _tensor(rows.rows.token_ids)
     rule = masking_rule(objective, config.data.sequence_length, special, vocab_size)
     is_unscored_BT = counts_B = None

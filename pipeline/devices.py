@@ -65,7 +65,8 @@ def choose_kernels(
     backend = backend or config.kernels.backend
     is_tanh = config.model.activation == "gelu_tanh"
     try:
-        kernels = select_kernels(backend, device, is_tanh, kept, _DTYPES[config.train.precision])
+        head_size = config.model.hidden_size // config.model.attention_heads
+        kernels = select_kernels(backend, device, is_tanh, kept, _DTYPES[config.train.precision], head_size)
     except UnusableBackendError as error:
         raise ConfigError(f"{error}; or set kernels.backend=auto") from None
     for warning in kernels.warnings:

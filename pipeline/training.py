@@ -140,6 +140,10 @@ class Training:
                 "train.check_replicas_every=%d compares nothing under ZeRO 3, where each process holds other weights; "
                 "set it to null, or take ZeRO 0 to 2", self.config.train.check_replicas_every,
             )  # fmt: skip
+        own = self.control.broadcast(checkpoints.list_steps(self.folder / "checkpoints") if self.journal else None)
+        if self.config.run.fork_from and not own:
+            self.saved_step = -1
+            self.save()  # the parent may still train, and remove its own
         self.enter("start", self.state.step + 1)
 
     def close(self) -> None:

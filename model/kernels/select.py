@@ -95,6 +95,7 @@ def select_kernels(
     approximate_gelu: bool = False,
     kept: dict[str, str] | None = None,
     dtype: torch.dtype = torch.float32,
+    head_size: int = 64,
 ) -> Kernels:
     """Resolves ``kernels.backend``. Backends that are not torch's own first run once against the reference.
 
@@ -104,6 +105,7 @@ def select_kernels(
         approximate_gelu: Whether the model has the tanh form of GELU, the only one that Megatron has.
         kept: Backends by operation of an earlier attempt of the run, which ``auto`` keeps where they work.
         dtype: Of weights and activations, for the comparison with the reference.
+        head_size: Of attention, for the same.
 
     Raises:
         UnusableBackendError: The backend that was asked for does not work here.
@@ -114,7 +116,7 @@ def select_kernels(
         passed_over = []
         for name, ground in _wishes(operation, backend, device, kept):
             missing = why_not(operation, name, device, approximate_gelu)
-            problem = missing or _broken(operation, name, device, approximate_gelu, dtype)
+            problem = missing or _broken(operation, name, device, approximate_gelu, dtype, head_size)
             if problem is None:
                 break
             if name == backend and backend in backends_of(operation):
@@ -161,7 +163,9 @@ def _unusable(backend: str, problem: str) -> UnusableBackendError:
 
 
 @cache
-def _broken(operation: str, backend: str, device: str, approximate_gelu: bool, dtype: torch.dtype) -> str | None:
+def _broken(
+    operation: str, backend: str, device: str, approximate_gelu: bool, dtype: torch.dtype, head_size: int
+) -> str | None:
     """None where a backend does on a small input what the reference does, else how not; torch's own are trusted."""
     if backend in OPERATIONS[operation]:
         return None
@@ -170,7 +174,7 @@ def _broken(operation: str, backend: str, device: str, approximate_gelu: bool, d
     except Exception as error:  # whatever an installation for another GPU or torch brings about
         return f"{backend} cannot be imported ({error})"
     for each in dict.fromkeys((torch.float32, dtype)):
-        problem = deviation(operation, function, device, each, approximate_gelu)
+        problem = deviation(operation, function, device, each, approximate_gelu, head_size)
         if problem:
             return f"{backend}'s {operation} fails its comparison with the reference ({problem})"
     return None

@@ -326,8 +326,8 @@ def test_held_out_documents_do_not_reach_the_tokenizer(corpus, settings, documen
 
 
 def test_damaged_text_is_named_while_the_tokenizer_is_trained(settings, tmp_path):
-    (tmp_path / "bad.txt").write_bytes(b"good text\n\n" * 50 + b"bad \xff\n")
-    with pytest.raises(DamagedDataError, match=r"bad\.txt: byte 554 is not UTF-8"):
+    (tmp_path / "bad.txt").write_bytes(b"good text\n\n" * 50 + b"bad \xff\n\n" * 51)
+    with pytest.raises(DamagedDataError, match=r"bad\.txt: byte 554 is not UTF-8; 51 of 101 documents"):
         train(settings, sample_paragraphs([Corpus("c", str(tmp_path / "bad.txt"))], [1.0], 1 << 20, 0, 0.0))
 
 

@@ -14,8 +14,9 @@ import zstandard
 
 from data_shards import borders, documents, streams
 from data_shards.corpus import Corpus, Slice, Task, plan_tasks
-from data_shards.documents import Counts, read_documents
+from data_shards.documents import Counts, read_documents, refuse_other_encoding
 from data_shards.errors import DamagedDataError
+from data_shards.sampling import sample_paragraphs
 
 NASTY = (
     " \t\n\r\n\n"  # blank lines first
@@ -384,21 +385,34 @@ def test_a_few_bytes_that_are_not_utf8_are_replaced_and_counted(tmp_path, way, s
 @pytest.mark.parametrize("way", ["blank_line", "line", "file"])
 @pytest.mark.parametrize("suffix", PACKERS)
 def test_a_file_in_another_encoding_is_damaged(tmp_path, way, suffix):
-    content = damaged_text(1000, set(range(7, 1000, 90)), "\n\n")
+    content = damaged_text(1000, set(range(7, 1000, 9)), "\n\n")
     path = write(tmp_path / f"c.txt{suffix}", PACKERS[suffix](content))
     counts = Counts()
     message = rf"c\.txt{suffix}: byte {content.index(0xE9)} is not UTF-8; .*at most 1% may.*iconv -f LATIN1 -t UTF-8"
     with pytest.raises(DamagedDataError, match=message) as error:
         read(Corpus("c", str(path), documents=way), counts=counts)
+        refuse_other_encoding(counts)  # of a corpus; as one document it is not many
     assert error.value.exit_code == 65
     assert len(counts.examples) == (1 if way == "file" else 5)
 
 
-def test_the_share_of_damaged_documents_is_that_of_the_task(tmp_path):
-    corpus = Corpus("c", str(write(tmp_path / "c.txt", damaged_text(50, {1}, "\n"))), documents="line")
-    counts = Counts(documents=10_000)
-    with pytest.raises(DamagedDataError, match="1 of 50 documents"):
+def test_the_share_of_damaged_documents_is_that_of_the_corpus(tmp_path):
+    """Damage that lies in one of its tasks is no other encoding."""
+    corpus = Corpus("c", str(write(tmp_path / "c.txt", damaged_text(500, set(range(99)), "\n"))), documents="line")
+    counts = Counts()
+    assert len(read(corpus, counts=counts)) == 500
+    with pytest.raises(DamagedDataError, match="99 of 500 documents"):
+        refuse_other_encoding(counts)
+    refuse_other_encoding(counts + Counts(documents=9400))
+    with pytest.raises(DamagedDataError, match="198 of 1,000 documents"):
         read(corpus, counts=counts)
+
+
+def test_a_damaged_document_is_no_reason_not_to_train_a_tokenizer(tmp_path):
+    """A slice that is sampled may hold few documents."""
+    content = b"\n".join([b"caf\xe9 " + b"x " * 2**19, *[b"word " * 2**17] * 3])
+    corpus = Corpus("c", str(write(tmp_path / "c.txt", content)), documents="line")
+    assert len(list(sample_paragraphs([corpus], [1.0], 2**25, 0, 0.0))) == 4
 
 
 def test_jsonl_bytes_that_are_not_utf8(tmp_path):
@@ -406,8 +420,6 @@ def test_jsonl_bytes_that_are_not_utf8(tmp_path):
     corpus, counts = Corpus("c", str(write(tmp_path / "c.jsonl", content)), format="jsonl"), Counts()
     assert read(corpus, counts=counts)[-1] == "caf\ufffd"
     assert counts.examples == [f"{corpus.path}: byte {content.index(0xE9)} is not UTF-8"]
-    with pytest.raises(DamagedDataError, match=rf"byte {content.index(0xE9)} is not UTF-8"):
-        list(read_documents(corpus, Task(0, (Slice(corpus.path, 3000, len(content)),), 1), Counts()))
 
 
 def test_counts_add_up_and_survive_json():
@@ -510,6 +522,22 @@ def test_a_table_cut_short_is_damaged(tmp_path, kind):
     path = write(tmp_path / f"cut.{kind}", whole[: len(whole) // 2])
     with pytest.raises(DamagedDataError, match=rf"cut\.{kind}: cannot be read as {kind}"):
         read(Corpus("c", str(path), format=kind, text_column="body"))
+
+
+def test_an_arrow_stream_that_ends_between_two_batches_is_damaged(tmp_path):
+    import pyarrow
+
+    table = pyarrow.table({"body": ["one", "two", "three"]})
+    with pyarrow.ipc.new_stream(tmp_path / "a.arrow", table.schema) as writer:
+        writer.write_table(table, max_chunksize=1)
+    whole = (tmp_path / "a.arrow").read_bytes()
+    *_, last, end = (match.start() for match in re.finditer(b"\xff\xff\xff\xff", whole))
+    corpus = Corpus("c", str(tmp_path / "a.arrow"), format="arrow", text_column="body")
+    assert read(corpus) == ["one", "two", "three"]
+    for cut in (end, last):
+        (tmp_path / "a.arrow").write_bytes(whole[:cut])
+        with pytest.raises(DamagedDataError, match=r"cannot be read as arrow \(a stream without the mark at its end"):
+            read(corpus)
 
 
 @pytest.mark.parametrize("way", ["blank_line", "file"])

@@ -411,6 +411,16 @@ def test_the_total_loss_that_is_logged_is_the_one_that_is_trained(build_model, b
     assert metrics["train/total_loss"] == pytest.approx(float(loss), rel=1e-5)
 
 
+def test_the_total_loss_of_an_adversarial_generator_where_samples_meet(build_model, batch):
+    model = build_model(training="adversarial", generator_loss_weight=0.3)
+    masking = select_and_mask(batch.token_ids_BT, torch.arange(3), MaskingRule(20, 0.85, 4, (0, 2, 3, 4), True))
+    batch = dataclasses.replace(batch, masking=masking)
+    loss, sums, _, _ = model(batch, GlobalCounts(float(batch.num_masked), batch.num_tokens))
+    found = dict(zip(FIELDS, sums.tolist(), strict=True))
+    assert 0 < found["rewarded"] < found["masked"]
+    assert Statistics(sums).metrics(0.3, 50.0)["train/total_loss"] == pytest.approx(float(loss), rel=1e-5)
+
+
 def test_what_a_control_says_is_scored_and_not_trained_on(build_model, batch):
     model = build_model(generator="uniform")
     model.set_control(torch.zeros(50).log_softmax(0))

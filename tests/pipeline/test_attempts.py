@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import attempts
+from pipeline import attempts, checkpoint
 from pipeline.attempts import EXIT_FILE, record_exit, refuse_to_start
 from pipeline.config import Config
 from pipeline.config_file import load_config
@@ -111,6 +111,19 @@ def test_safeguards_that_would_never_do_anything_are_refused(config_path: Path, 
     with pytest.raises(ConfigError, match=said):
         refuse_to_start(config)
     refuse_to_start(load_config(config_path, overrides[:-1]))
+
+
+def test_a_loss_that_would_follow_from_the_number_of_processes_is_refused(config_path: Path) -> None:
+    """A run that has begun keeps its micro-batch."""
+    config = load_config(config_path, ("recipe=released", "train.micro_batch_size=auto"))
+    with pytest.raises(ConfigError, match=r"set train\.micro_batch_size to a number of rows"):
+        refuse_to_start(config)
+    begun = config.run_folder / "pretrain/checkpoints/step_00000005"
+    begun.mkdir(parents=True)
+    (begun / checkpoint.MANIFEST).touch()
+    refuse_to_start(config)
+    refuse_to_start(load_config(config_path, ("recipe=released", "train.micro_batch_size=4", "run.name=new")))
+    refuse_to_start(load_config(config_path, ("train.micro_batch_size=auto", "run.name=new")))
 
 
 def test_the_file_stop_keeps_all_from_starting(config: Config) -> None:

@@ -173,6 +173,20 @@ def test_too_little_space_is_known_before_the_first_step(config_path: Path, monk
         pretrain._check_disk(config_path.parent, make_plan(load_config(config_path), 1), control)
 
 
+def test_processes_that_would_run_other_kernels_are_refused() -> None:
+    from pipeline import pretrain
+    from pipeline.errors import ConfigError
+
+    names = {"attention": "triton", "adamw": "triton"}
+    for third in (names, names | {"attention": "torch"}):
+        control = Mock(gather=lambda mine, third=third: [("n1", names), mine, ("n2", third)])
+        if third == names:
+            pretrain._refuse_other_kernels(names, control)
+            continue
+        with pytest.raises(ConfigError, match="rank 2 on n2 would run attention by torch, rank 0 on n1 by triton"):
+            pretrain._refuse_other_kernels(names, control)
+
+
 def test_missing_task_data_and_unknown_task(config_path: Path, electra: Electra, write_task) -> None:
     task = write_task()
     (task.parent / "first_word_dev.jsonl").unlink()

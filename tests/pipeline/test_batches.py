@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from data_shards.errors import DamagedDataError
 from data_shards.loader import KeyedRows
 from data_shards.rows import pack_rows, paper_rows
 from data_shards.special import TRAINED, SpecialIds
@@ -66,6 +67,17 @@ def test_the_generator_sees_the_vocabularys_own_mask_id_and_all_but_its_special_
     is_shown_BT = batch.masking.generator_ids_BT != batch.token_ids_BT
     assert 0.75 < is_shown_BT.sum() / batch.num_masked < 0.95  # 85 % of 320 positions
     assert set(batch.masking.generator_ids_BT[is_shown_BT].tolist()) == {special.mask}
+
+
+def test_an_id_that_the_vocabulary_does_not_have_is_damage(config_path):
+    config = load_config(config_path)
+    windows = np.full((2, config.data.sequence_length), 50, np.uint16)
+    windows[1, 7] = VOCAB_SIZE
+    keys = np.arange(2, dtype=np.uint64)
+    keyed = KeyedRows(pack_rows(windows, keys, TRAINED), keys, TRAINED)
+    with pytest.raises(DamagedDataError, match=r"token id 300, but the vocabulary has 300: .*`electra shards verify"):
+        to_micro_batch(keyed, config, VOCAB_SIZE, "cpu", 1, 1.0)
+    to_micro_batch(keyed, config, VOCAB_SIZE + 1, "cpu", 1, 1.0)
 
 
 def selected_ids(config, windows, special) -> set[int]:

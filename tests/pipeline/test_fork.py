@@ -99,6 +99,23 @@ def test_a_fork_keeps_what_its_parent_had_read(shared_config: Path, electra: Ele
     assert [entry["train/total_loss"] for entry in read_journal(out, "child")] == losses
 
 
+def test_a_fork_needs_its_parent_once(shared_config: Path, electra: Electra) -> None:
+    """The parent may train on, and remove the checkpoint."""
+    steps = ["train.checkpoint_every=2", "train.held_out_rows=0"]
+    electra("run", shared_config, "run.name=mother", "train.steps=4", *steps)
+    child = ["run", shared_config, "run.name=daughter", "train.steps=6", "run.fork_from=mother@2", *steps]
+    assert "stopped at step 2" in electra(*child, "train.stop_after_seconds=0.001", code=85).stderr
+    runs = shared_config.parent / "out/runs"
+    (runs / "mother").rename(runs / "gone")
+    assert "restored step 2 from" in electra(*child).stderr
+    (runs / "gone").rename(runs / "mother")
+    electra(*child, "run.name=unbroken")
+    losses = [
+        [entry["train/total_loss"] for entry in read_journal(runs.parent, name)] for name in ("daughter", "unbroken")
+    ]
+    assert losses[0] == losses[1] and len(losses[0]) == 6
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
