@@ -3,7 +3,8 @@
     python tests/benchmarks/proof.py RUN RUN… --against SETTING… --out configs/proof/tiny
 
 RUN is a run's folder. Runs whose names differ in a number at the end (``mlm_1``, ``mlm_2``) are one setting, pretrained
-several times. Scores are compared with those of each ``--against``, or of the first. Written are
+several times. Scores are compared with those of each ``--against``, or of the first. With ``--keep`` the lines of runs
+that are not given stay, as an earlier call wrote them. Written are
 
     OUT.md            each run (commit, FLOPs, speed, goodput, attempts), held-out scores, fine-tuned scores
     OUT_journal.csv   lines of the journal: about every tenth of a run, and those with held-out scores
@@ -15,12 +16,15 @@ import csv
 import math
 import re
 import statistics
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # it need not be installed
 
 from pipeline.comparison.curves import FLOPS_PAPER
 from pipeline.comparison.folder import read_folder
@@ -29,6 +33,7 @@ from pipeline.comparison.run import Run
 from pipeline.comparison.seeds import Column
 from pipeline.evaluation.stored import Results
 from pipeline.keys import SCIENCE
+from tests.benchmarks.proof_kept import Kept, Line, read_kept
 
 _LINES = 10  # of a run's journal
 _DRAWS = ("run.seed", "run.fork_from")
@@ -87,16 +92,18 @@ def settings_of(runs: Sequence[Run]) -> list[Setting]:
     """In the order of their first runs.
 
     Raises:
-        SystemExit: Runs that are named as one setting's differ in more than their draws.
+        SystemExit: Runs that are named as one setting's differ in more than their draws. Of kept ones nothing but
+            the name is known.
     """
     by_name: dict[str, list[Run]] = {}
     for run in runs:
         by_name.setdefault(re.sub(r"_\d+$", "", run.name), []).append(run)
     for of_name in by_name.values():
-        for run in of_name[1:]:
-            first, other = _made_of(of_name[0]), _made_of(run)
+        known = [run for run in of_name if run.settings]
+        for run in known[1:]:
+            first, other = _made_of(known[0]), _made_of(run)
             if changed := sorted(key for key in first.keys() | other.keys() if first.get(key) != other.get(key)):
-                raise SystemExit(f"{run.name}: not a second {of_name[0].name}, its {changed[0]} is another; rename it")
+                raise SystemExit(f"{run.name}: not a second {known[0].name}, its {changed[0]} is another; rename it")
     return [Setting(name, tuple(of_name)) for name, of_name in by_name.items()]
 
 
@@ -122,18 +129,24 @@ def told_apart(one: Setting, other: Setting, task: str) -> bool:
     return not overlap and all(distance > setting.deviation(task) for setting in (one, other))
 
 
-def tables(runs: Sequence[Run], against: Sequence[str] = ()) -> str:
+def tables(given: Sequence[Run], against: Sequence[str] = (), kept: Kept | None = None) -> str:
     """All tables, as Markdown; those of tasks when there are scores.
 
     Raises:
         SystemExit: ``against`` names a setting that is none of the runs'.
     """
+    kept = kept or Kept()
+    runs = kept.in_order([*given, *kept.runs], lambda run: run.name)
     settings = settings_of(runs)
     by_name = {setting.name: setting for setting in settings}
     if unknown := [name for name in against if name not in by_name]:
         raise SystemExit(f"--against {unknown[0]}: no such setting; there are {', '.join(by_name)}")
     bases = [by_name[name] for name in against] or settings[:1]
-    parts = [f"The runs:\n\n{_about(runs)}", f"At their ends, on text held out:\n\n{_held_out(runs)}"]
+    about, held_out = (
+        _of_lines(kept.in_order(lines, lambda line: line["run"]))
+        for lines in ([*_about(given), *kept.about], [*_held_out(given), *kept.held_out])
+    )
+    parts = [f"The runs:\n\n{about}", f"At their ends, on text held out:\n\n{held_out}"]
     if not _tasks(runs):
         return "\n\n".join(parts) + "\n"
     parts.append(
@@ -150,22 +163,24 @@ def tables(runs: Sequence[Run], against: Sequence[str] = ()) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _about(runs: Sequence[Run]) -> str:
+def _about(runs: Sequence[Run]) -> list[Line]:
     rows = {row.name: row for row in measure([Column(run.name, (run,)) for run in runs])}
     shown = [name for name in _OF_RUNS if name in rows]
-    lines = [[run.name, *(show(rows[name].values[place], rows[name].kind) for name in shown)]
-             for place, run in enumerate(runs)]  # fmt: skip
-    return _markdown([["run", *shown], *lines])
+    return [{"run": run.name} | {name: show(rows[name].values[place], rows[name].kind) for name in shown}
+            for place, run in enumerate(runs)]  # fmt: skip
 
 
-def _held_out(runs: Sequence[Run]) -> str:
+def _held_out(runs: Sequence[Run]) -> list[Line]:
     def shown(run: Run, metric: str) -> str:
         value = run.curves.at_end(metric)
         return "–" if value is None else f"{value:.3f}"
 
-    return _markdown(
-        [["run", *_HELD_OUT.values()], *([run.name, *(shown(run, key) for key in _HELD_OUT)] for run in runs)]
-    )
+    return [{"run": run.name} | {heading: shown(run, key) for key, heading in _HELD_OUT.items()} for run in runs]
+
+
+def _of_lines(lines: Sequence[Line]) -> str:
+    headings = [name for name in ("run", *_OF_RUNS, *_HELD_OUT.values()) if any(name in line for line in lines)]
+    return _markdown([headings, *([line.get(name, "–") for name in headings] for line in lines)])
 
 
 def _numbers_of_seeds(runs: Sequence[Run]) -> str:
@@ -244,17 +259,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN")
     parser.add_argument("--against", nargs="+", default=[], metavar="SETTING")
+    parser.add_argument("--keep", action="store_true", help="lines of runs that are not given stay")
     parser.add_argument("--note", default="", help="for the reader, at the top")
     parser.add_argument("--out", type=Path, required=True, help="beginning of the files' names")
     given = parser.parse_args()
     runs = [read_folder(folder) for folder in given.runs]
+    kept = read_kept(given.out, {run.name for run in runs}) if given.keep else Kept()
     given.out.parent.mkdir(parents=True, exist_ok=True)
     head = " ".join(["Written by tests/benchmarks/proof.py; README.md has the command and the machine.", given.note])
-    text = f"{head.strip()}\n\n{tables(runs, given.against)}"
+    text = f"{head.strip()}\n\n{tables(runs, given.against, kept)}"
     given.out.with_name(f"{given.out.name}.md").write_text(text, encoding="utf-8")
-    for name, rows in (("journal", journal_rows(runs)), ("scores", score_rows(runs))):
+    written = {"journal": (journal_rows(runs), kept.journal), "scores": (score_rows(runs), kept.scores)}
+    for name, ((heading, *rows), earlier) in written.items():
         with open(given.out.with_name(f"{given.out.name}_{name}.csv"), "w", newline="", encoding="utf-8") as file:
-            csv.writer(file, lineterminator="\n").writerows(rows)
+            csv.writer(file, lineterminator="\n").writerows(
+                [heading, *kept.in_order([*rows, *earlier], lambda row: row[0])]
+            )
 
 
 if __name__ == "__main__":

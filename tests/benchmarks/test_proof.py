@@ -63,6 +63,29 @@ def test_tables_and_files(config_path: Path, tmp_path: Path, monkeypatch: pytest
     ]  # fmt: skip
 
 
+def test_lines_of_runs_whose_folders_are_gone_are_kept(
+    config_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write(*arguments: str) -> list[str]:
+        monkeypatch.setattr(sys, "argv", ["proof.py", *arguments, "--out", str(tmp_path / "tiny")])
+        proof.main()
+        return [(tmp_path / f"tiny{end}").read_text() for end in (".md", "_journal.csv", "_scores.csv")]
+
+    folders = {}
+    for name, values in (("a_1", [0.5, 0.6]), ("a_2", [0.5, 0.52]), ("b_1", [0.7, 0.72])):
+        folders[name] = write_run(config_path, name, [entry(step, 1 / step) for step in range(1, 41)])
+        (folders[name] / "evaluate/step_10").mkdir(parents=True)
+        for file in ("results.json", "step_10/results.json"):
+            (folders[name] / "evaluate" / file).write_text(json.dumps(results_of(name, {"cola": values})))
+    at_once = write(*(str(folders[name]) for name in ("a_2", "a_1", "b_1")))
+    write(str(folders["a_2"]), str(folders["a_1"]))
+    assert write(str(folders["b_1"]), "--keep") == at_once, "as if all folders had been there"
+    assert write(str(folders["a_1"]), "--keep") == at_once, "a run given again replaces its own lines"
+    (tmp_path / "tiny_scores.csv").unlink()
+    with pytest.raises(SystemExit, match=r"--keep: .*tiny_scores.csv is not there; leave --keep out"):
+        write(str(folders["a_1"]), "--keep")
+
+
 def test_a_run_that_has_just_begun_has_rows_without_values(config_path: Path) -> None:
     runs = [read_folder(write_run(config_path, name, [])) for name in ("a", "b_2")]
     tables = proof.tables(runs)
@@ -83,7 +106,8 @@ def test_against_several_settings_and_one_that_is_none() -> None:
 
 def test_a_number_at_the_end_of_a_name_is_not_enough_for_one_setting() -> None:
     runs = [scored(name, {"cola": [0.5]}) for name in ("large_400", "large_1750")]
-    runs[1].settings["train.steps"] = "1750"
+    for run, steps in zip(runs, ("400", "1750"), strict=True):
+        run.settings["train.steps"] = steps
     with pytest.raises(SystemExit, match=r"large_1750: not a second large_400, its train.steps is another; rename it"):
         proof.settings_of(runs)
 
