@@ -95,6 +95,7 @@ def build_folder(
         if time.monotonic() - last_report > interval_s or not folder.missing(tasks):
             last_report = time.monotonic()
             on_progress(folder.progress())
+            folder.refuse_other_encoding()
     if not is_unchanged():
         for task in tasks:  # their shards must not be taken for those of this text
             record_path(job, task).unlink(missing_ok=True)
@@ -163,6 +164,13 @@ class _Folder:
             if self._watch.is_alive(path):
                 found.add(int(path.name.removeprefix(f".{name}_").partition(".")[0]))
         return found
+
+    def refuse_other_encoding(self) -> None:
+        """Ends where what is left cannot make up for the damage that was found."""
+        counts = sum((result.counts for result in self.results.values()), Counts())
+        in_all = sum(task.input_bytes for task in self._tasks)
+        left = sum(task.input_bytes for task in self.missing(self._tasks))
+        refuse_other_encoding(counts, share_read=1 - left / in_all if in_all else 1)
 
     def progress(self) -> Progress:
         """Where the folder stands."""

@@ -6,6 +6,7 @@ U+FFFD, a document that is too long is cut, an empty one is passed over, and
 """
 
 import json
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -92,16 +93,23 @@ def read_documents(corpus: Corpus, task: Task, counts: Counts) -> Iterator[str]:
         refuse_other_encoding(counts, _EARLY_FRACTION)
 
 
-def refuse_other_encoding(counts: Counts, most: float = MAX_DAMAGED_FRACTION) -> None:
+def refuse_other_encoding(counts: Counts, most: float = MAX_DAMAGED_FRACTION, share_read: float = 1) -> None:
     """Ends where so many documents are damaged that it is no accident.
+
+    Args:
+        counts: What was found.
+        most: The fraction of documents that may be.
+        share_read: Of the text's bytes, those that they are of. The rest is taken to have no damage, and documents
+            half as long.
 
     Raises:
         DamagedDataError: More than this fraction of them.
     """
-    if counts.encoding_errors > most * counts.documents:
+    at_most = counts.documents * (2 / share_read - 1) if share_read else math.inf
+    if counts.encoding_errors > most * at_most:
         raise DamagedDataError(
             f"{counts.examples[0]}; {counts.encoding_errors:,} of {counts.documents:,} documents have such errors and "
-            f"at most {MAX_DAMAGED_FRACTION:.0%} may; convert the file, for example with `iconv -f LATIN1 -t UTF-8`"
+            f"at most {most:.0%} may; convert the file, for example with `iconv -f LATIN1 -t UTF-8`"
         )
 
 

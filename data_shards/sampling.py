@@ -34,7 +34,7 @@ def sample_paragraphs(
     grows with the corpora. Of a file that can only be read from its beginning, its share is the beginning.
 
     Raises:
-        DamagedDataError: As ``read_documents``; also where more than half of a corpus's documents are not UTF-8.
+        DamagedDataError: As ``read_documents``; also where more than half of what was read of a corpus is not UTF-8.
     """
     for number, (corpus, weight) in enumerate(zip(corpora, weights, strict=True)):
         left_bytes = int(sample_bytes * weight / sum(weights))

@@ -115,7 +115,7 @@ def _refuse_cut_stream(path: str) -> None:
         is_stream = file.read(4) == _CONTINUES
         file.seek(-min(8, os.path.getsize(path)), os.SEEK_END)
         if is_stream and file.read() != _CONTINUES + bytes(4):
-            raise ValueError("a stream without the mark at its end: not written to the end, or cut off")
+            raise ValueError("a stream without the mark at its end: cut off, or its writer was not closed")
 
 
 def _column(rows: Any, path: str, column: str) -> Iterator[Any]:

@@ -14,7 +14,7 @@ from pipeline import checkpoint as checkpoints
 from pipeline.config import Config
 from pipeline.errors import ConfigError, DamagedError, DoNotRequeueError, StoppedByFile, StoppedEarly, UsageError
 from pipeline.log import logger
-from pipeline.stages import stage_folder
+from pipeline.stages import read_record, stage_folder
 from pipeline.stopping import STOP_FILE
 
 EXIT_FILE = "ELECTRA_EXIT_FILE"
@@ -59,13 +59,22 @@ def refuse_to_start(config: Config, rank: int = 0) -> None:
         StoppedByFile: The run's folder holds a file STOP.
         DoNotRequeueError: Requeues of this Slurm job get nowhere (rank 0).
     """
-    _check_safeguards(config)
-    _check_normalization(config)
+    check_settings(config)
     file = config.run_folder / STOP_FILE
     if file.exists():
         raise StoppedByFile(f"{file} is there: remove it to go on" if rank == 0 else "")
     if rank == 0:
         _note_requeue(config)
+
+
+def check_settings(config: Config) -> None:
+    """What keeps pretraining from starting whatever the text: to be known before hours are spent on that.
+
+    Raises:
+        ConfigError: As ``refuse_to_start``.
+    """
+    _check_safeguards(config)
+    _check_normalization(config)
 
 
 def _check_safeguards(config: Config) -> None:
@@ -85,7 +94,8 @@ def _check_safeguards(config: Config) -> None:
 
 
 def _check_normalization(config: Config) -> None:
-    train, begun = config.train, checkpoints.list_steps(stage_folder(config, "pretrain") / "checkpoints")
+    train, record = config.train, read_record(config, "pretrain")
+    begun = record and "micro_batch_rows" in record.numerics
     if config.objective.loss_normalization == "micro_batch" and train.micro_batch_size == "auto" and not begun:
         raise ConfigError(
             "train.micro_batch_size=auto follows from the number of processes, and with objective.loss_normalization="

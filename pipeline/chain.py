@@ -14,9 +14,9 @@ from typing import Any, Literal
 from data_shards.build import Share
 from pipeline import checkpoint as checkpoints
 from pipeline import goodput
-from pipeline.attempts import refuse_to_start
+from pipeline.attempts import check_settings, refuse_to_start
 from pipeline.config import Config
-from pipeline.distributed import Process, leave_together
+from pipeline.distributed import Process, array_job, leave_together
 from pipeline.environment import describe_environment
 from pipeline.errors import FORESEEN, ConfigError, DamagedError, ElectraError, PeerLostError, StoppedEarly
 from pipeline.evaluation.stored import read_results
@@ -32,6 +32,7 @@ from pipeline.stages import (
     changed_since,
     differences,
     end_record,
+    is_done_by_others,
     move_aside,
     read_record,
     refuse_changed_recipe,
@@ -242,6 +243,8 @@ def run_stages(config: Config, stages: tuple[str, ...], arguments: list[str], fo
             if decision.action == "reuse":
                 logger.info("%s: %s", stage, decision.why)
                 continue
+            if stage == "tokenize" and "pretrain" in stages:
+                check_settings(config)
             logger.info("%s: %s (%s)", stage, decision.action, decision.why)
             write_config(config, stage)
             shipper = shipper or stack.enter_context(Shipper(config))
@@ -282,7 +285,8 @@ def execute_stage(config: Config, decision: Decision, process: Process) -> None:
     """
     stage = decision.stage
     if process.rank == 0:
-        record = start_record(config, stage, decision.inputs, describe_environment(), shared=stage in SHARED)
+        shared = array_job() if stage in SHARED else ""
+        record = start_record(config, stage, decision.inputs, describe_environment(), shared)
     else:
         record = _record_of_other_rank(config, stage, decision)
     try:
@@ -294,7 +298,7 @@ def execute_stage(config: Config, decision: Decision, process: Process) -> None:
     if process.rank == 0 and not is_over:
         _end_early(config, record, "stopped")
     elif process.rank == 0:
-        if not _is_done_by_others(config, record):
+        if not is_done_by_others(config, record):
             end_record(config, record, "done")
         logger.info("%s: done", stage)
 
@@ -310,12 +314,6 @@ def _ship_the_end(config: Config, stage: str) -> None:
             pass
 
 
-def _is_done_by_others(config: Config, record: StageRecord) -> bool:
-    """Whether another element of an array has finished the stage that this one has a record of, too."""
-    other = read_record(config, record.stage)
-    return other is not None and other.state == "done" and other.inputs == record.inputs
-
-
 def _end_early(config: Config, record: StageRecord, state: State) -> None:
     """Ends the record of a stage that is not done, unless other elements of an array go on with it or have done it.
 
@@ -325,7 +323,7 @@ def _end_early(config: Config, record: StageRecord, state: State) -> None:
         withdraw(config.run_folder)
         if is_at_work(config.run_folder, shared_only=True):
             return
-    if not _is_done_by_others(config, record):
+    if not is_done_by_others(config, record):
         end_record(config, record, state)
 
 

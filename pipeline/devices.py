@@ -14,7 +14,7 @@ from torch import nn
 from model.encoder import Encoder, Layer
 from model.kernels.select import Kernels, UnusableBackendError, find, select_kernels
 from pipeline.config import Config
-from pipeline.distributed import Process
+from pipeline.distributed import Control, Process
 from pipeline.errors import ConfigError
 from pipeline.log import logger
 
@@ -65,8 +65,9 @@ def choose_kernels(
     backend = backend or config.kernels.backend
     is_tanh = config.model.activation == "gelu_tanh"
     try:
-        head_size = config.model.hidden_size // config.model.attention_heads
-        kernels = select_kernels(backend, device, is_tanh, kept, _DTYPES[config.train.precision], head_size)
+        shapes = config.model.discriminator, config.model.generator
+        head_sizes = tuple(shape.hidden_size // shape.heads for shape in shapes)
+        kernels = select_kernels(backend, device, is_tanh, kept, _DTYPES[config.train.precision], head_sizes)
     except UnusableBackendError as error:
         raise ConfigError(f"{error}; or set kernels.backend=auto") from None
     for warning in kernels.warnings:
@@ -77,6 +78,34 @@ def choose_kernels(
         names = kernels.names | dict.fromkeys(_COMPILED, "torch")
         kernels = replace(kernels, **plain, names=names, reasons=kernels.reasons | reasons)
     return kernels
+
+
+def agree_on_kernels(config: Config, kernels: Kernels, control: Control) -> Kernels:
+    """What one process computed otherwise than the others would show nowhere but in the loss.
+
+    Where they differ, ``auto`` leaves the operation to torch in all of them: one sick node ends no job.
+
+    Raises:
+        ConfigError: They differ, and another backend than ``auto`` was asked for (every rank).
+    """
+    (first_host, first), *others = control.gather((socket.gethostname(), kernels.names))
+    differing = {}
+    for rank, (host, names) in enumerate(others, 1):
+        for operation in (each for each in first if names[each] != first[each]):
+            differing.setdefault(
+                operation, f"rank {rank} on {host} has {names[operation]} and rank 0 on {first_host} {first[operation]}"
+            )
+    for operation, how in differing.items():
+        if config.kernels.backend != "auto":
+            raise ConfigError(
+                f"kernels.backend={config.kernels.backend}: for {operation}, {how}; `electra doctor` says why: mend "
+                "that node, leave it out, or set kernels.backend"
+            )
+        if control.is_first:
+            logger.warning("kernel of %s: %s; all take torch, `electra doctor` says why", operation, how)
+    functions = {operation: find(operation, "torch") for operation in differing}
+    names, reasons = dict.fromkeys(differing, "torch"), dict.fromkeys(differing, "not the same on all processes")
+    return replace(kernels, **functions, names=kernels.names | names, reasons=kernels.reasons | reasons)
 
 
 def kept_kernels(numerics: dict[str, Any], device: str) -> dict[str, str] | None:

@@ -66,6 +66,11 @@ def place_in_array() -> tuple[int, int]:
     return (int(os.environ["SLURM_ARRAY_TASK_ID"]) - lowest) * (count - 1) // (highest - lowest), count
 
 
+def array_job() -> str:
+    """What all elements of this Slurm job array have in common; empty outside of one."""
+    return os.environ.get("SLURM_ARRAY_JOB_ID", "") if place_in_array()[1] > 1 else ""
+
+
 def processes_on_this_machine(process: Process) -> int:
     """How many of the processes share this machine's cores, as the launcher says."""
     for name in ("LOCAL_WORLD_SIZE", "SLURM_STEP_TASKS_PER_NODE"):

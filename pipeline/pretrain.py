@@ -9,7 +9,6 @@ Every process runs this. Rank 0 writes the journal and the checkpoints.
 
 import math
 import os
-import socket
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -25,7 +24,14 @@ from model.keyed import seed_for
 from pipeline import checkpoint as checkpoints
 from pipeline.batches import MicroBatches, mixture_notes, open_rows, to_device
 from pipeline.config import Config
-from pipeline.devices import choose_kernels, explaining_lack_of_memory, kept_kernels, peak_flops, prepare_layers
+from pipeline.devices import (
+    agree_on_kernels,
+    choose_kernels,
+    explaining_lack_of_memory,
+    kept_kernels,
+    peak_flops,
+    prepare_layers,
+)
 from pipeline.distributed import (
     Control,
     Process,
@@ -111,8 +117,7 @@ def _prepare(
     tokenized = load_tokenize_output(config)
     folders, weights = shard_folders(config, tokenized, warns=process.local_rank == 0)
     plan = make_plan(config, process.world_size, tokenized["vocab_size"], record.numerics.get("micro_batch_rows"))
-    kernels = choose_kernels(config, device, kept_kernels(record.numerics, device))
-    _refuse_other_kernels(kernels.names, control)
+    kernels = agree_on_kernels(config, choose_kernels(config, device, kept_kernels(record.numerics, device)), control)
     _check_disk(folder, plan, control)
     peak, peak_source = peak_flops(device, threads, config.train.precision)
     _log_plan(plan)
@@ -260,18 +265,6 @@ def _log_rows(plan: Plan, loader: RowLoader, weights: list[float]) -> None:
             "only %.0f %% of the tokens lie in rows: shards of small files are shorter than two rows of %d tokens; "
             "join the files, or raise data.task_bytes", 100 * loader.share_in_rows, plan.sequence_length_tokens,
         )  # fmt: skip
-
-
-def _refuse_other_kernels(names: dict[str, str], control: Control) -> None:
-    """What one process computes otherwise than the others would show nowhere but in the loss."""
-    chosen = control.gather((socket.gethostname(), names))
-    for rank, (host, others) in enumerate(chosen):
-        for operation, first in chosen[0][1].items():
-            if others[operation] != first:
-                raise ConfigError(
-                    f"rank {rank} on {host} would run {operation} by {others[operation]}, rank 0 on {chosen[0][0]} by "
-                    f"{first}; `electra doctor` says why: mend that node, leave it out, or set kernels.backend"
-                )
 
 
 def choose_algorithms(deterministic: bool) -> None:

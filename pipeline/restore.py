@@ -34,6 +34,7 @@ def restore(config: Config, folder: Path, engine: Engine, control: Control, voca
     weights, moments = found.tensors(checkpoints.WEIGHTS), found.tensors(checkpoints.OPTIMIZER)
     state = TrainingState(**found.state)
     if step is None:
+        state.score = state.scored_rows = None  # of another loss, or of other rows
         state.rows_before = control.broadcast(read_by_parent(config, found.state) if control.is_first else None)
 
     def read(kind: str, name: str) -> torch.Tensor:

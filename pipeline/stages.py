@@ -150,7 +150,7 @@ def write_record(config: Config, record: StageRecord) -> None:
 
 
 def start_record(
-    config: Config, stage: str, inputs: dict[str, Any], environment: dict[str, Any], shared: bool = False
+    config: Config, stage: str, inputs: dict[str, Any], environment: dict[str, Any], shared: str = ""
 ) -> StageRecord:
     """Marks a stage as running; an earlier attempt with the same inputs is continued.
 
@@ -159,14 +159,14 @@ def start_record(
         stage: The stage.
         inputs: Its own.
         environment: This attempt's.
-        shared: Whether elements of an array may do this at once: their records are to be of one lineage.
+        shared: What elements of an array that may do this at once have in common: their records are to be of one
+            lineage. Empty where nobody else starts it.
     """
     record = read_record(config, stage)
     if record is None or record.inputs != inputs:
         before, record = record, StageRecord(stage, "running", inputs, started_unix_s=time.time(), attempts=0)
         if shared:
-            asides = len(list(config.run_folder.glob(f"{stage}.aside-*")))
-            origin = before.lineage if before else f"{run_identity(config)}/{stage}/{asides}"
+            origin = [shared, run_identity(config), stage, before.lineage if before else ""]
             record.lineage = content_key({"origin": origin, "inputs": inputs})
     record.state, record.environment, record.ended_unix_s = "running", environment, None
     record.attempts += 1
@@ -187,6 +187,12 @@ def end_record(config: Config, record: StageRecord, state: State) -> None:
         if state == "done":
             raise
         logger.warning("%s; the stage will seem to have been killed", error)
+
+
+def is_done_by_others(config: Config, record: StageRecord) -> bool:
+    """Whether another element of an array has finished the stage that this one has a record of, too."""
+    other = read_record(config, record.stage)
+    return other is not None and other.state == "done" and other.inputs == record.inputs
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

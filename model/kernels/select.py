@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import product
 from typing import Any
 
 import torch
@@ -95,7 +96,7 @@ def select_kernels(
     approximate_gelu: bool = False,
     kept: dict[str, str] | None = None,
     dtype: torch.dtype = torch.float32,
-    head_size: int = 64,
+    head_sizes: tuple[int, ...] = (64,),
 ) -> Kernels:
     """Resolves ``kernels.backend``. Backends that are not torch's own first run once against the reference.
 
@@ -105,7 +106,7 @@ def select_kernels(
         approximate_gelu: Whether the model has the tanh form of GELU, the only one that Megatron has.
         kept: Backends by operation of an earlier attempt of the run, which ``auto`` keeps where they work.
         dtype: Of weights and activations, for the comparison with the reference.
-        head_size: Of attention, for the same.
+        head_sizes: Of attention, for the same: the discriminator's and the generator's.
 
     Raises:
         UnusableBackendError: The backend that was asked for does not work here.
@@ -116,7 +117,7 @@ def select_kernels(
         passed_over = []
         for name, ground in _wishes(operation, backend, device, kept):
             missing = why_not(operation, name, device, approximate_gelu)
-            problem = missing or _broken(operation, name, device, approximate_gelu, dtype, head_size)
+            problem = missing or _broken(operation, name, device, approximate_gelu, dtype, head_sizes)
             if problem is None:
                 break
             if name == backend and backend in backends_of(operation):
@@ -164,7 +165,7 @@ def _unusable(backend: str, problem: str) -> UnusableBackendError:
 
 @cache
 def _broken(
-    operation: str, backend: str, device: str, approximate_gelu: bool, dtype: torch.dtype, head_size: int
+    operation: str, backend: str, device: str, approximate_gelu: bool, dtype: torch.dtype, head_sizes: tuple[int, ...]
 ) -> str | None:
     """None where a backend does on a small input what the reference does, else how not; torch's own are trusted."""
     if backend in OPERATIONS[operation]:
@@ -173,7 +174,8 @@ def _broken(
         function = find(operation, backend)
     except Exception as error:  # whatever an installation for another GPU or torch brings about
         return f"{backend} cannot be imported ({error})"
-    for each in dict.fromkeys((torch.float32, dtype)):
+    sizes = dict.fromkeys(head_sizes if operation == "attention" else head_sizes[:1])
+    for each, head_size in product(dict.fromkeys((torch.float32, dtype)), sizes):
         problem = deviation(operation, function, device, each, approximate_gelu, head_size)
         if problem:
             return f"{backend}'s {operation} fails its comparison with the reference ({problem})"

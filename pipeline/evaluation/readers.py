@@ -278,7 +278,7 @@ def _read_conll(path: Path, wanted: Wanted, on_bad: OnBad) -> Iterator[Row]:
     number, start, problem = 0, 1, ""
     for number, raw in _lines(path):
         line = raw.rstrip("\r\n")
-        if not line.strip(" \t"):
+        if not line.strip():
             yield from _sentence(path, start, tokens, problem, wanted, on_bad)
             tokens, problem = [], ""
             continue

@@ -10,6 +10,7 @@ evaluate/scores_and_flops.png              all of them, against what pretraining
 import json
 import os
 from contextlib import suppress
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +120,7 @@ def set_aside_others(folder: Path, fingerprint: str) -> None:
     """Renames results of other inputs to ``*.before-N``: they would stand beside the units of these."""
     if (read_results(folder / "results.json") or {}).get("fingerprint") == fingerprint:
         return
-    number = 1 + len(list(folder.glob("results.before-*.json")))
+    number = next(number for number in count(1) if not list(folder.glob(f"results.before-{number}.*")))
     for name in ("results.json", "results.md"):
         path = folder / name
         with suppress(FileNotFoundError):  # none there, or another element of an array was first
@@ -153,26 +154,35 @@ def write_summary(folder: Path, results: Results) -> None:
 def write_submissions(folder: Path, results: Results, units: list[Unit]) -> None:
     """Predictions on test files, of the seed that did best on dev; ``chosen.json`` says which."""
     chosen: dict[str, Any] = {}
+    writers: dict[str, str] = {}  # test file to the task whose predictions on it have its name
     _remove_written(folder)
     for name in results["tasks"]:
         unit = _best_unit(name, results, units)
         for test in unit.task.tests():
             answers = json.loads((unit.folder / f"test_{test}.json").read_text(encoding="utf-8"))
-            folder.mkdir(parents=True, exist_ok=True)
-            if unit.task.kind == "question_answering":
-                path = write_squad(folder, test, answers)
-            elif unit.task.kind == "tagging":
-                path = folder / f"{test}.json"
-                write_json(path, answers)
-            else:
-                path = write_glue(folder, test, unit.task.kind, answers)
-            chosen[path.name] = {"task": name, "seed": unit.seed, "point": unit.point, "chosen_on": "dev"}
+            place = folder if writers.setdefault(test, name) == name else folder / name
+            if place != folder:
+                logger.warning("%s: predictions of %s on %s, beside those of %s", place, name, test, writers[test])
+            path = _write_predictions(place, test, unit.task.kind, answers)
+            about = {"task": name, "seed": unit.seed, "point": unit.point, "chosen_on": "dev"}
+            chosen[str(path.relative_to(folder))] = about
     if chosen:
         write_json(folder / "chosen.json", chosen)
         logger.info("predictions on test files: %s", folder)
         missing = check_complete(folder)
         if 0 < len(missing) < len(GLUE_FILES):
             logger.info("GLUE's server wants eleven files; missing: %s", ", ".join(missing))
+
+
+def _write_predictions(folder: Path, test: str, kind: str, answers: Any) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    if kind == "question_answering":
+        return write_squad(folder, test, answers)
+    if kind == "tagging":
+        path = folder / f"{test}.json"
+        write_json(path, answers)
+        return path
+    return write_glue(folder, test, kind, answers)
 
 
 def _remove_written(folder: Path) -> None:

@@ -210,7 +210,7 @@ def load_tasks(config: Config) -> list[Task]:
 
     Raises:
         ConfigError: An unknown task, a wrong task file, or data that is not there; two tasks of different datasets have
-            one file, or would write one.
+            one file.
     """
     tasks = [_locate(task, config.evaluate.data_dir, folders) for task, folders in _task_files(config)]
     _refuse_in_common(tasks)
@@ -248,9 +248,8 @@ def _locate(config: TaskConfig, data_dir: Path | None, folders: tuple[Path, ...]
 
 
 def _refuse_in_common(tasks: list[Task]) -> None:
-    """What stands in no folder of its own may be any dataset's; and a file to submit has one task's predictions."""
+    """What stands in no folder of its own may be any dataset's."""
     readers: dict[Path, Task] = {}
-    writers: dict[str, Task] = {}
     for task in tasks:
         hub = task.config.hub
         for path in (path for split, paths in task.files.items() for path in paths if hub and split in hub.splits):
@@ -259,13 +258,6 @@ def _refuse_in_common(tasks: list[Task]) -> None:
                 raise ConfigError(
                     f"evaluate: tasks {other.name} and {task.name} would both read {path}, which cannot be both "
                     f"{other.config.hub.path} and {hub.path}; put each below evaluate.data_dir in a folder of that name"
-                )
-        for test in task.tests():
-            other = writers.setdefault(test, task)
-            if other is not task:
-                raise ConfigError(
-                    f"evaluate: tasks {other.name} and {task.name} would both write the predictions called {test}; "
-                    "say test: {} in the file of one of them"
                 )
 
 

@@ -4,7 +4,7 @@
 
 RUN is a run's folder. Runs whose names differ in a number at the end (``mlm_1``, ``mlm_2``) are one setting, pretrained
 several times. Scores are compared with those of each ``--against``, or of the first. With ``--keep`` the lines of runs
-that are not given stay, as an earlier call wrote them. Written are
+that are not given stay, as an earlier call wrote them, and scores of tasks that a given one's folder lacks. Written are
 
     OUT.md            each run (commit, FLOPs, speed, goodput, attempts), held-out scores, fine-tuned scores
     OUT_journal.csv   lines of the journal: about every tenth of a run, and those with held-out scores
@@ -264,7 +264,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="beginning of the files' names")
     given = parser.parse_args()
     runs = [read_folder(folder) for folder in given.runs]
-    kept = read_kept(given.out, {run.name for run in runs}) if given.keep else Kept()
+    kept = read_kept(given.out, runs) if given.keep else Kept()
     given.out.parent.mkdir(parents=True, exist_ok=True)
     head = " ".join(["Written by tests/benchmarks/proof.py; README.md has the command and the machine.", given.note])
     text = f"{head.strip()}\n\n{tables(runs, given.against, kept)}"

@@ -4,7 +4,7 @@ Weights are not kept in the repository and folders on scratch disks end with the
 """
 
 import csv
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -45,8 +45,10 @@ class Kept:
         return sorted(lines, key=lambda line: place.get(name_of(line), len(place)))
 
 
-def read_kept(out: Path, given: Collection[str]) -> Kept:
-    """All but the lines of the runs ``given``, from OUT.md, OUT_journal.csv and OUT_scores.csv.
+def read_kept(out: Path, given: Sequence[Run]) -> Kept:
+    """From OUT.md, OUT_journal.csv and OUT_scores.csv all but the lines of the runs ``given``.
+
+    Of those, scores of tasks that their folders do not have are added to them.
 
     Raises:
         SystemExit: One of the files is absent.
@@ -57,8 +59,11 @@ def read_kept(out: Path, given: Collection[str]) -> Kept:
     except FileNotFoundError as error:
         raise SystemExit(f"--keep: {error.filename} is not there; leave --keep out to write the first tables") from None
     order = [line["run"] for line in about]
-    about, held_out = ([line for line in lines if line["run"] not in given] for lines in (about, held_out))
-    journal, scores = ([line for line in lines if line[0] not in given] for lines in (journal, scores))
+    for run in given:
+        _add_scores(run, [line for line in scores if line[0] == run.name])
+    names = {run.name for run in given}
+    about, held_out = ([line for line in lines if line["run"] not in names] for lines in (about, held_out))
+    journal, scores = ([line for line in lines if line[0] not in names] for lines in (journal, scores))
     runs = [_run(line["run"], [of for of in scores if of[0] == line["run"]]) for line in about]
     return Kept(order, runs, about, held_out, journal, scores)
 
@@ -77,16 +82,28 @@ def _csv(path: Path) -> list[list[str]]:
 
 
 def _run(name: str, scores: list[list[str]]) -> Run:
-    results = [_results(step, [line for line in scores if line[1] == step])
-               for step in dict.fromkeys(line[1] for line in scores)]  # fmt: skip
-    nothing = Curves({}, {})
-    return Run(name, "earlier tables", {}, {}, nothing, {}, results[-1] if results else None, results)
+    results = _all_results(scores)
+    return Run(name, "earlier tables", {}, {}, Curves({}, {}), {}, results[-1] if results else None, results)
+
+
+def _add_scores(run: Run, scores: list[list[str]]) -> None:
+    new = [] if run.results is None else [run.results]
+    for results in [*run.all_results, *new]:
+        for earlier in _all_results(scores):
+            if earlier["step"] == results["step"]:
+                for part in ("score", "tasks"):
+                    results[part] = earlier[part] | results[part]
+
+
+def _all_results(scores: list[list[str]]) -> list[Results]:
+    steps = dict.fromkeys(line[1] for line in scores)
+    return [_results(step, [line for line in scores if line[1] == step]) for step in steps]
 
 
 def _results(step: str, lines: list[list[str]]) -> Results:
     metric_of = {task: metric for _, _, _, task, metric, *_ in lines}
     values = {task: [float(line[6]) / 100 for line in lines if line[3] == task] for task in metric_of}
     return {
-        "step": int(step) if step else None, "score": metric_of,
+        "step": int(step) if step else None, "flops_paper": float(lines[0][2]), "score": metric_of,
         "tasks": {task: {metric: summarize(values[task])} for task, metric in metric_of.items()},
     }  # fmt: skip

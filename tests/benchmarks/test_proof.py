@@ -81,6 +81,12 @@ def test_lines_of_runs_whose_folders_are_gone_are_kept(
     write(str(folders["a_2"]), str(folders["a_1"]))
     assert write(str(folders["b_1"]), "--keep") == at_once, "as if all folders had been there"
     assert write(str(folders["a_1"]), "--keep") == at_once, "a run given again replaces its own lines"
+    for file in folders["b_1"].glob("evaluate/**/results.json"):
+        file.write_text(json.dumps(results_of("b_1", {"sst2": [0.9, 0.91]})))
+    *_, scores = write(str(folders["b_1"]), "--keep")
+    assert sorted(scores.splitlines()) == sorted(
+        [*at_once[2].splitlines(), "b_1,10,1e+06,sst2,accuracy,1,90.000", "b_1,10,1e+06,sst2,accuracy,2,91.000"]
+    ), "a task that its folder does not have stays"
     (tmp_path / "tiny_scores.csv").unlink()
     with pytest.raises(SystemExit, match=r"--keep: .*tiny_scores.csv is not there; leave --keep out"):
         write(str(folders["a_1"]), "--keep")

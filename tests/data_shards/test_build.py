@@ -20,11 +20,12 @@ import data_shards.build as build_module
 from data_shards import shards, store, tasks
 from data_shards.build import Share
 from data_shards.corpus import Corpus, Task
+from data_shards.digest import corpus_digest
 from data_shards.errors import DamagedDataError, DataError, DataSettingError
 from data_shards.keys import content_key, shard_inputs, tokenizer_inputs
 from data_shards.sampling import is_held_out, sample_paragraphs
 from data_shards.store import MANIFEST, Layout, read_manifest
-from data_shards.tasks import run_task
+from data_shards.tasks import FolderJob, run_task
 from data_shards.tokenizer import Tokenizer
 from data_shards.tokenizer_files import install, train
 from data_shards.workers import WorkerPool
@@ -323,6 +324,17 @@ def test_held_out_documents_do_not_reach_the_tokenizer(corpus, settings, documen
         sample = sample_paragraphs([Corpus("c", str(path))], [1.0], 1 << 20, 0, fraction)
         install(tmp_path / str(fraction), train(settings, sample))
         assert (1 not in Tokenizer(tmp_path / str(fraction)).encode("☃")) == known
+
+
+def test_damage_that_the_rest_cannot_make_up_for_ends_it_early(tokenizer_folder, tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_bytes(b"".join((b"caf\xe9" if n % 20 == 0 else b"word") + b" one two three\n" for n in range(4000)))
+    corpus = Corpus("latin", str(path), documents="line")
+    inputs = shard_inputs(corpus, corpus_digest(corpus, None), "tokenizer", 0.0, 4096, Layout())
+    job = FolderJob(tmp_path / "folder", corpus, content_key(inputs), tokenizer_folder, 0.0, Layout())
+    with pytest.raises(DamagedDataError, match=r"byte 3 is not UTF-8; .* documents have such errors and at most 1%"):
+        build_module.build_folder(job, inputs, 4096, 1, interval_s=0)
+    assert 2 < len(list((job.folder / "tasks").iterdir())) < 12  # of 18: not the first chance damage, not the last task
 
 
 def test_damaged_text_is_named_while_the_tokenizer_is_trained(settings, tmp_path):

@@ -211,6 +211,17 @@ def test_torchs_own_would_pass_and_torchs_generator_stays_as_it_is(operation, dt
     assert torch.equal(torch.get_rng_state(), before)
 
 
+@pytest.mark.parametrize("dtype", selfcheck._TOLERANCE, ids=str)
+@pytest.mark.parametrize("operation", ["add_norm", "bias_gelu", "detect"])
+def test_the_rows_of_a_gpu_overflow_in_no_precision(operation, dtype, monkeypatch):
+    monkeypatch.setattr(selfcheck.Draw, "rows", 1 << 16)
+    check, reference = selfcheck._CHECKS[operation]
+    found = check(reference, selfcheck.Draw(torch.Generator().manual_seed(1), "cpu", dtype, 64, False))
+    for name, tensor in found.items():
+        assert tensor.isfinite().all(), name
+        assert tensor.abs().max() > 0, name
+
+
 def test_triton_in_its_interpreter():
     """Every operation, in a process of its own: what a kernel is, is settled when it is defined."""
     code = """

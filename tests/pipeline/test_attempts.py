@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import attempts, checkpoint
+from pipeline import attempts
 from pipeline.attempts import EXIT_FILE, record_exit, refuse_to_start
 from pipeline.config import Config
 from pipeline.config_file import load_config
@@ -18,6 +18,7 @@ from pipeline.errors import (
     StoppedByFile,
     StoppedEarly,
 )
+from pipeline.stages import StageRecord, write_record
 from tests.conftest import Electra
 
 STOP_AT_STEP_3 = """
@@ -118,9 +119,7 @@ def test_a_loss_that_would_follow_from_the_number_of_processes_is_refused(config
     config = load_config(config_path, ("recipe=released", "train.micro_batch_size=auto"))
     with pytest.raises(ConfigError, match=r"set train\.micro_batch_size to a number of rows"):
         refuse_to_start(config)
-    begun = config.run_folder / "pretrain/checkpoints/step_00000005"
-    begun.mkdir(parents=True)
-    (begun / checkpoint.MANIFEST).touch()
+    write_record(config, StageRecord("pretrain", "failed", {}, numerics={"micro_batch_rows": 4}))
     refuse_to_start(config)
     refuse_to_start(load_config(config_path, ("recipe=released", "train.micro_batch_size=4", "run.name=new")))
     refuse_to_start(load_config(config_path, ("train.micro_batch_size=auto", "run.name=new")))

@@ -173,18 +173,26 @@ def test_too_little_space_is_known_before_the_first_step(config_path: Path, monk
         pretrain._check_disk(config_path.parent, make_plan(load_config(config_path), 1), control)
 
 
-def test_processes_that_would_run_other_kernels_are_refused() -> None:
-    from pipeline import pretrain
+def test_processes_that_would_run_other_kernels_run_torchs(config_path: Path, caplog) -> None:
+    from model.kernels.select import find, select_kernels
+    from pipeline.config_file import load_config
+    from pipeline.devices import agree_on_kernels
     from pipeline.errors import ConfigError
 
-    names = {"attention": "triton", "adamw": "triton"}
-    for third in (names, names | {"attention": "torch"}):
-        control = Mock(gather=lambda mine, third=third: [("n1", names), mine, ("n2", third)])
-        if third == names:
-            pretrain._refuse_other_kernels(names, control)
-            continue
-        with pytest.raises(ConfigError, match="rank 2 on n2 would run attention by torch, rank 0 on n1 by triton"):
-            pretrain._refuse_other_kernels(names, control)
+    chosen = select_kernels("reference")
+    config = load_config(config_path)
+
+    def gather(mine):
+        return [("n1", chosen.names), mine, ("n2", chosen.names | {"attention": "triton"})]
+
+    assert agree_on_kernels(config, chosen, Mock(gather=lambda mine: [mine] * 3)) == chosen
+    agreed = agree_on_kernels(config, chosen, Mock(gather=gather))
+    assert agreed.names == chosen.names | {"attention": "torch"}
+    assert agreed.attention is find("attention", "torch") and agreed.embed is chosen.embed
+    assert "kernel of attention: rank 2 on n2 has triton and rank 0 on n1 reference; all take torch" in caplog.text
+    asked = load_config(config_path, ("kernels.backend=triton",))
+    with pytest.raises(ConfigError, match=r"for attention, rank 2 on n2 has triton .* mend that node"):
+        agree_on_kernels(asked, chosen, Mock(gather=gather))
 
 
 def test_missing_task_data_and_unknown_task(config_path: Path, electra: Electra, write_task) -> None:

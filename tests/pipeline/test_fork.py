@@ -99,6 +99,19 @@ def test_a_fork_keeps_what_its_parent_had_read(shared_config: Path, electra: Ele
     assert [entry["train/total_loss"] for entry in read_journal(out, "child")] == losses
 
 
+def test_a_parents_score_is_not_its_forks(shared_config: Path, electra: Electra) -> None:
+    """Of another loss it would be the best for ever, and of other rows it would be the only one."""
+    keys = ["train.steps=4", "train.checkpoint_every=2", "train.held_out_every=2", "train.keep_best=true"]
+    electra("run", shared_config, "run.name=cheap", *keys)
+    other = ["run.name=dear", "run.fork_from=cheap@2", "objective.discriminator_loss_weight=500"]
+    electra("run", shared_config, *other, *keys, "train.keep_checkpoints=1")
+    runs = shared_config.parent / "out/runs"
+    (left,) = (runs / "dear/pretrain/checkpoints").glob("step_*")
+    first = runs / "cheap/pretrain/checkpoints/step_00000002"
+    scores = [json.loads((folder / "state.json").read_text())["score"] for folder in (first, left)]
+    assert left.name == "step_00000004" and 0 < 2 * scores[0] < scores[1]
+
+
 def test_a_fork_needs_its_parent_once(shared_config: Path, electra: Electra) -> None:
     """The parent may train on, and remove the checkpoint."""
     steps = ["train.checkpoint_every=2", "train.held_out_rows=0"]

@@ -146,6 +146,26 @@ def test_the_best_seed_of_the_chosen_point_is_submitted(config: Config, units: l
     assert [path.name for path in folder.iterdir()] == ["my_own.zip"]  # not written here
 
 
+def test_predictions_of_two_tasks_on_one_test_file_do_not_meet(
+    config: Config, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pretrained, units = pretrained_in(tmp_path), []
+    for name in ("first", "second"):
+        task = task_in(tmp_path / name, name=name, test={"QNLI": "blind.jsonl"})
+        task.files["QNLI"] = (tmp_path / "blind.jsonl",)
+        units.append(Unit(pretrained, task, recipe(), name, 1, tmp_path / "units" / name, name))
+        finish(units[-1], 0.5)
+    folder = tmp_path / "submission"
+    for names in (("first", "second"), ("second",)):
+        some = [unit for unit in units if unit.task.name in names]
+        write_submissions(folder, gather(config, some, RECORD), some)
+        for name, path in zip(names, ("QNLI.tsv", "second/QNLI.tsv"), strict=False):
+            assert f"{name}/1" in (folder / path).read_text()
+            assert json.loads((folder / "chosen.json").read_text())[path]["task"] == name
+    assert not (folder / "second/QNLI.tsv").exists(), "it was of a task that is the only one now"
+    assert f"{folder / 'second'}: predictions of second on QNLI, beside those of first" in caplog.text
+
+
 @pytest.mark.parametrize("rte_counts", [True, False])
 def test_the_glue_average_is_of_tasks_that_say_so(config: Config, tmp_path: Path, rte_counts: bool) -> None:
     pretrained, units = pretrained_in(tmp_path), []
@@ -240,6 +260,13 @@ def test_results_of_other_inputs_are_set_aside(tmp_path: Path) -> None:
     set_aside_others(tmp_path, "ours")
     assert json.loads((tmp_path / "results.before-1.json").read_text()) == content
     assert json.loads((tmp_path / "results.before-2.json").read_text())["fingerprint"] == "others"
+    (tmp_path / "results.before-1.json").unlink()
+    (tmp_path / "results.before-1.md").unlink()
+    for fingerprint in ("third", "fourth"):
+        write_json(tmp_path / "results.json", content | {"fingerprint": fingerprint})
+        set_aside_others(tmp_path, "ours")
+    kept = {number: read_results(tmp_path / f"results.before-{number}.json") for number in (1, 2, 3)}
+    assert {number: of and of["fingerprint"] for number, of in kept.items()} == {1: "third", 2: "others", 3: "fourth"}
 
 
 def test_another_element_of_an_array_may_set_them_aside_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

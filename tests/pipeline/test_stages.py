@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import os
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -139,14 +140,15 @@ def test_elements_of_an_array_that_start_at_once_are_of_one_lineage(config: Conf
     for inputs in ({"a": 1}, {"a": 2}, {"a": 1}):
         path = config.run_folder / "evaluate/stage.json"
         before = path.read_bytes() if path.exists() else None
-        first = start_record(config, "evaluate", inputs, {}, shared=True)
-        assert start_record(config, "evaluate", inputs, {}, shared=True).lineage == first.lineage  # it came after
+        first = start_record(config, "evaluate", inputs, {}, shared="17")
+        assert start_record(config, "evaluate", inputs, {}, shared="17").lineage == first.lineage  # it came after
         path.write_bytes(before) if before else path.unlink()
-        assert start_record(config, "evaluate", inputs, {}, shared=True).lineage == first.lineage  # it did not see it
+        assert start_record(config, "evaluate", inputs, {}, shared="17").lineage == first.lineage  # it did not see it
         lineages.append(first.lineage)
-    stages.move_aside(config, "evaluate")
-    lineages.append(start_record(config, "evaluate", {"a": 1}, {}, shared=True).lineage)
-    assert len(set(lineages)) == 4
+    for job in ("18", "", ""):  # another array; no array, twice, each time after the results were removed
+        shutil.rmtree(config.run_folder / "evaluate")
+        lineages.append(start_record(config, "evaluate", {"a": 1}, {}, shared=job).lineage)
+    assert len(set(lineages)) == 6
 
 
 def test_status_and_compare_agree_where_locks_do_not_tell(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -251,15 +251,6 @@ def test_two_datasets_in_one_place_are_refused(tmp_path: Path) -> None:
         task.check()
 
 
-def test_two_tasks_do_not_write_one_file_to_submit(small: Path, write: Write) -> None:
-    small.write_text(HEAD + "test: {T: dev.tsv}\n")
-    other = write("other.yaml", f"name: other\nlike: {small}\ntrain: train.tsv\n")
-    with pytest.raises(ConfigError, match=r"t and other would both write the predictions called T; say test: \{\} in"):
-        load(small, other)
-    other.write_text(other.read_text() + "test: {}\n")
-    assert [task.tests() for task in load(small, other)] == [["T"], []]
-
-
 def test_parts_that_are_not_there_are_said_once(small: Path, write: Write, said: pytest.LogCaptureFixture) -> None:
     small.write_text(HEAD + "also: {more: more.tsv, other: other.tsv}\ntest: {T: test.tsv}\n")
     write("other.tsv", tsv("text|label", "four|b"))
