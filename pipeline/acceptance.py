@@ -23,7 +23,7 @@ import click
 from data_shards.store import write_json
 from pipeline.attempts import EXIT_FILE
 from pipeline.config import Config
-from pipeline.distributed import RENDEZVOUS, Process
+from pipeline.distributed import RENDEZVOUS, Process, own_port
 from pipeline.environment import describe_environment
 from pipeline.errors import ElectraError, StoppedEarly
 from pipeline.launch import Children
@@ -43,7 +43,6 @@ PARTS = {
 
 MEANT_TO_DIE = "killed"
 _LONGEST_PART_S = 600  # what hangs longer is ended by a signal that needs nobody's cooperation
-_FIRST_PORT, _NUM_PORTS, _PORT_STRIDE = 10_000, 20_000, 1009  # the range that slurm/_common.sh takes its ports from
 
 State = Literal["OK", "WARNING", "FAILED"]
 
@@ -134,7 +133,7 @@ def conduct(config: Config, process: Process, arguments: list[str]) -> None:
         for number, (part, (_, asked)) in enumerate(PARTS.items()):
             if process.rank == 0:
                 click.echo(f"acceptance, {part}: {asked}")
-            environment = os.environ | {RENDEZVOUS: f"acceptance {part}"} | _own_port(number)
+            environment = os.environ | {RENDEZVOUS: f"acceptance {part}"} | own_port(number + 1)
             environment.pop(EXIT_FILE, None)  # which is for the end of the whole
             code = children.run(["acceptance", *arguments, "--part", part], environment)
             ended_as_meant = children.lost if part == MEANT_TO_DIE else code == 0
@@ -142,14 +141,6 @@ def conduct(config: Config, process: Process, arguments: list[str]) -> None:
                 break
     if process.rank == 0:
         _conclude(config, time.monotonic() - began, process)
-
-
-def _own_port(number: int) -> dict[str, str]:
-    """A port for each part, far from those of neighbouring jobs; torchrun's store keeps its own."""
-    if "MASTER_PORT" not in os.environ or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        return {}
-    place = int(os.environ["MASTER_PORT"]) - _FIRST_PORT + (number + 1) * _PORT_STRIDE
-    return {"MASTER_PORT": str(_FIRST_PORT + place % _NUM_PORTS)}
 
 
 def _conclude(config: Config, seconds: float, process: Process) -> None:

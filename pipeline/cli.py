@@ -265,7 +265,7 @@ def _run_variants(
     import os
     import time
 
-    from pipeline.distributed import RENDEZVOUS
+    from pipeline.distributed import RENDEZVOUS, own_port
     from pipeline.errors import StoppedEarly
     from pipeline.goodput import begin_part
     from pipeline.launch import Children
@@ -277,7 +277,7 @@ def _run_variants(
             name, rest = names[number], names[number + 1 :]
             own = [*_time_left(command, settings, time.monotonic() - begin), f"run.variant={name}", *more]
             arguments = [command, str(config), *overrides, *own, *(["--debug"] * _debug)]
-            code = children.run(arguments, os.environ | {RENDEZVOUS: name} | begin_part(name))
+            code = children.run(arguments, os.environ | {RENDEZVOUS: name} | own_port(number) | begin_part(name))
             if code:
                 raise _unfinished(f"variant {name} ended with exit code {code}", code, rest)
             if rest and children.told_to_stop:

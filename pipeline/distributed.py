@@ -27,6 +27,10 @@ LISTENER = "ELECTRA_LISTENER"
 RENDEZVOUS = "ELECTRA_RENDEZVOUS"
 """Environment variable: name of this meeting, where one store sees several in turn."""
 
+FIRST_PORT, NUM_PORTS = 10_000, 20_000
+"""The range that slurm/_common.sh takes its ports from."""
+_PORT_STRIDE = 1009
+
 _LONGEST_RENDEZVOUS = timedelta(minutes=30)
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
@@ -152,6 +156,18 @@ def _meet(process: Process, timeout: timedelta) -> Any:
         store = next(dist.rendezvous("env://", process.rank, process.world_size, timeout=timeout))[0]
     # torchrun's store outlives the processes: the keys of the variant before would still be in it.
     return dist.PrefixStore(f"electra/{os.environ.get(RENDEZVOUS, '')}", store)
+
+
+def own_port(number: int) -> dict[str, str]:
+    """MASTER_PORT for one of several meetings of the same ranks, far from those of neighbouring jobs.
+
+    At the port of the meeting before, whose rank 0 may still be leaving, a fast rank would wait for nobody. The first
+    one, 0, has the port that was given; torchrun's store serves all of them at its own.
+    """
+    if not number or "MASTER_PORT" not in os.environ or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        return {}
+    place = int(os.environ["MASTER_PORT"]) - FIRST_PORT + number * _PORT_STRIDE
+    return {"MASTER_PORT": str(FIRST_PORT + place % NUM_PORTS)}
 
 
 def exit_when_told_to_stop() -> None:

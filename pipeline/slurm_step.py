@@ -5,10 +5,8 @@ import re
 from contextlib import suppress
 from functools import cache
 
-from pipeline.distributed import Process
+from pipeline.distributed import FIRST_PORT, NUM_PORTS, Process
 from pipeline.doctor.checks import CallError, call
-
-_FIRST_PORT, _NUM_PORTS = 10_000, 20_000  # the range of slurm/_common.sh
 
 
 def set_meeting_place(process: Process) -> None:
@@ -49,4 +47,4 @@ def meeting_place() -> dict[str, str]:
     job, step = int(os.environ["SLURM_JOB_ID"]), int(os.environ.get("SLURM_STEP_ID", "0"))
     nodes = nodes_of_step()
     address = os.environ.get("ELECTRA_MASTER_ADDR") or (address_of(nodes[0]) if nodes else "127.0.0.1")
-    return {"MASTER_ADDR": address, "MASTER_PORT": str(_FIRST_PORT + (job + 409 * (step + 1)) % _NUM_PORTS)}
+    return {"MASTER_ADDR": address, "MASTER_PORT": str(FIRST_PORT + (job + 409 * (step + 1)) % NUM_PORTS)}

@@ -200,6 +200,17 @@ def test_ranks_started_by_others_do_the_variants_in_turn(
         assert len(read_journal(comparison.parent / "out", f"tiny-{name}")) == steps
 
 
+def test_ranks_of_each_variant_meet_at_a_port_of_their_own(comparison: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fast rank would join the variant before, whose rank 0 may still be leaving, and wait for nobody."""
+    ports = []
+    monkeypatch.setattr(Children, "run", lambda _, arguments, environment: ports.append(environment["MASTER_PORT"]))
+    monkeypatch.setenv("MASTER_PORT", "29000")
+    assert CliRunner().invoke(cli, ["pretrain", str(comparison)]).exit_code == 0
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    assert CliRunner().invoke(cli, ["pretrain", str(comparison)]).exit_code == 0
+    assert ports == ["29000", "10009", "11018", *["29000"] * 3]
+
+
 def test_torchrun_does_the_variants_in_turn(comparison: Path, electra: Electra) -> None:
     """Its store outlives the processes of a variant."""
     comparison.write_text("\n".join(line for line in comparison.read_text().splitlines() if "  wide:" not in line))
