@@ -13,10 +13,16 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 from data_shards.corpus import Task, plan_tasks
-from data_shards.documents import Counts, refuse_other_encoding
+from data_shards.documents import (
+    MANY_DAMAGED,
+    MAX_DAMAGED_FRACTION,
+    Counts,
+    describe_damage,
+    refuse_other_encoding,
+)
 from data_shards.errors import DamagedDataError
 from data_shards.store import Manifest, write_manifest
 from data_shards.tasks import SHARD_NAMES, FolderJob, TaskResult, finished, loaded, record_path, run_task
@@ -50,6 +56,8 @@ class Progress:
         input_bytes: The same, on disk.
         tokens: Tokens written since then.
         elapsed_s: Time since then.
+        damage: Where more documents than a whole corpus may have are damaged so far, an example and how many; the
+            rest may make up for it.
     """
 
     tasks_done: int
@@ -59,6 +67,7 @@ class Progress:
     input_bytes: int
     tokens: int
     elapsed_s: float
+    damage: str = ""
 
 
 def build_folder(
@@ -91,22 +100,30 @@ def build_folder(
     tasks = plan_tasks(job.corpus, task_bytes)
     folder = _Folder(job, tasks)
     last_report = time.monotonic()
-    for _ in _fill(folder, job, share.in_order(tasks), num_workers, min(interval_s, _POLL_S)):
-        if time.monotonic() - last_report > interval_s or not folder.missing(tasks):
-            last_report = time.monotonic()
-            on_progress(folder.progress())
-            folder.refuse_other_encoding()
+    try:
+        for _ in _fill(folder, job, share.in_order(tasks), num_workers, min(interval_s, _POLL_S)):
+            if time.monotonic() - last_report > interval_s or not folder.missing(tasks):
+                last_report = time.monotonic()
+                on_progress(folder.progress())
+    except DamagedDataError:
+        if is_unchanged():
+            raise
+        _refuse_changed_text(job, tasks)
     if not is_unchanged():
-        for task in tasks:  # their shards must not be taken for those of this text
-            record_path(job, task).unlink(missing_ok=True)
-        raise DamagedDataError(
-            f"{job.corpus.path}: the text changed while it was tokenized; nothing was published: run the same command "
-            "again when it no longer changes"
-        )
+        _refuse_changed_text(job, tasks)
     manifest = _manifest_of(job, inputs, [folder.results[task.index] for task in tasks])
     remove_abandoned(job.folder)
     write_manifest(job.folder, manifest)
     return manifest
+
+
+def _refuse_changed_text(job: FolderJob, tasks: list[Task]) -> NoReturn:
+    for task in tasks:  # their shards must not be taken for those of this text
+        record_path(job, task).unlink(missing_ok=True)
+    raise DamagedDataError(
+        f"{job.corpus.path}: the text changed while it was tokenized; nothing was published: run the same command "
+        "again when it no longer changes"
+    )
 
 
 def _manifest_of(job: FolderJob, inputs: dict[str, Any], results: list[TaskResult]) -> Manifest:
@@ -165,16 +182,11 @@ class _Folder:
                 found.add(int(path.name.removeprefix(f".{name}_").partition(".")[0]))
         return found
 
-    def refuse_other_encoding(self) -> None:
-        """Ends where what is left cannot make up for the damage that was found."""
-        counts = sum((result.counts for result in self.results.values()), Counts())
-        in_all = sum(task.input_bytes for task in self._tasks)
-        left = sum(task.input_bytes for task in self.missing(self._tasks))
-        refuse_other_encoding(counts, share_read=1 - left / in_all if in_all else 1)
-
     def progress(self) -> Progress:
         """Where the folder stands."""
         new = [result for index, result in self.results.items() if index not in self._first_seen]
+        counts = sum((result.counts for result in self.results.values()), Counts())
+        is_much = counts.encoding_errors > max(MANY_DAMAGED, MAX_DAMAGED_FRACTION * counts.documents)
         return Progress(
             tasks_done=len(self.results),
             tasks=len(self._tasks),
@@ -183,6 +195,7 @@ class _Folder:
             input_bytes=sum(result.task.input_bytes for result in new),
             tokens=sum(result.num_tokens for result in new),
             elapsed_s=time.monotonic() - self._begin,
+            damage=describe_damage(counts) if is_much else "",
         )
 
 

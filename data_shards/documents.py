@@ -6,7 +6,6 @@ U+FFFD, a document that is too long is cut, an empty one is passed over, and
 """
 
 import json
-import math
 import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -23,7 +22,7 @@ LONGEST_JSON_LINE_BYTES = 256 << 20
 # Of a corpus; more damaged documents are no accident: the file is in another encoding.
 MAX_DAMAGED_FRACTION = 0.01
 # Of what has been read, where damage may lie close together: when it is not worth to read on.
-_MANY_DAMAGED, _EARLY_FRACTION = 100, 0.1
+MANY_DAMAGED, _EARLY_FRACTION = 100, 0.1
 MAX_EXAMPLES = 5
 
 _HALF_SURROGATE = re.compile("[\ud800-\udfff]")
@@ -89,28 +88,32 @@ def read_documents(corpus: Corpus, task: Task, counts: Counts) -> Iterator[str]:
             yield from _read_jsonl(corpus, piece, reader)
         else:
             yield from _read_table(corpus, piece, reader)
-    if counts.encoding_errors > _MANY_DAMAGED:
+    if counts.encoding_errors > MANY_DAMAGED:
         refuse_other_encoding(counts, _EARLY_FRACTION)
 
 
-def refuse_other_encoding(counts: Counts, most: float = MAX_DAMAGED_FRACTION, share_read: float = 1) -> None:
+def refuse_other_encoding(counts: Counts, most: float = MAX_DAMAGED_FRACTION) -> None:
     """Ends where so many documents are damaged that it is no accident.
 
     Args:
         counts: What was found.
-        most: The fraction of documents that may be.
-        share_read: Of the text's bytes, those that they are of. The rest is taken to have no damage, and documents
-            half as long.
+        most: The fraction of documents that may be; more than the corpus' own where a part alone was read.
 
     Raises:
         DamagedDataError: More than this fraction of them.
     """
-    at_most = counts.documents * (2 / share_read - 1) if share_read else math.inf
-    if counts.encoding_errors > most * at_most:
+    if counts.encoding_errors > most * counts.documents:
         raise DamagedDataError(
-            f"{counts.examples[0]}; {counts.encoding_errors:,} of {counts.documents:,} documents have such errors and "
-            f"at most {most:.0%} may; convert the file, for example with `iconv -f LATIN1 -t UTF-8`"
+            f"{describe_damage(counts)} may; convert the file, for example with `iconv -f LATIN1 -t UTF-8`"
         )
+
+
+def describe_damage(counts: Counts) -> str:
+    """The first place, how many documents, and the limit, as far as its verb."""
+    return (
+        f"{counts.examples[0]}; {counts.encoding_errors:,} of {counts.documents:,} documents have such errors and "
+        f"at most {MAX_DAMAGED_FRACTION:.0%} of a corpus"
+    )
 
 
 def _read_jsonl(corpus: Corpus, piece: Slice, reader: "_Reader") -> Iterator[str]:

@@ -12,7 +12,7 @@ from pipeline.acceptance_quick import agree_on_device
 from pipeline.bench import Bench, KernelChoice, SyntheticRows
 from pipeline.config import Config
 from pipeline.cost import HARDWARE
-from pipeline.devices import choose_kernels, peak_flops
+from pipeline.devices import account_of, choose_kernels, differing_kernels, peak_flops
 from pipeline.distributed import Process, init_process_group, processes_on_this_machine
 from pipeline.launch import threads_per_process
 from pipeline.meeting import GROUP_LIMIT, Meeting, collective
@@ -67,7 +67,9 @@ def mfu(config: Config, process: Process) -> list[Check]:
         device, check = agree_on_device(meeting, config)
         if device is None:
             return [check]
-        choice = KernelChoice("", choose_kernels(config, device))
+        kernels = choose_kernels(config, device)
+        differing = differing_kernels(meeting.exchange("choosing kernels", account_of(kernels), _PATIENCE_S))
+        choice = KernelChoice("", kernels)
         init_process_group(Process(local_rank=process.local_rank), device)
         meeting.exchange("beginning together", os.getpid(), _PATIENCE_S)
         try:
@@ -80,6 +82,7 @@ def mfu(config: Config, process: Process) -> list[Check]:
     if bad:
         found = f"a micro-batch of {rows} rows: {meeting.name(bad)}: {answers[bad[0]][0]}"
         return [Check("steps", "FAILED", found, "lower train.micro_batch_size")]
+    of_kernels = check_kernels(differing)
     flops = rows * plan.sequence_length_tokens * plan.flops_per_token
     pcts = [100 * flops / (median_s * peak) for _, median_s, peak in answers]
     middle_s = statistics.median_low(median_s for _, median_s, _ in answers)
@@ -91,8 +94,16 @@ def mfu(config: Config, process: Process) -> list[Check]:
     numbers = {"mfu_pct": pcts, "micro_batch_s": [answer[1] for answer in answers], "nodes": meeting.nodes}
     if slow:
         remedy = "leave the node out with sbatch --exclude, or see who else is on it"
-        return [Check("steps", "WARNING", f"{found}; slow: {meeting.name(slow)}", remedy, numbers)]
-    return [Check("steps", "OK", found, numbers=numbers)]
+        return [Check("steps", "WARNING", f"{found}; slow: {meeting.name(slow)}", remedy, numbers), of_kernels]
+    return [Check("steps", "OK", found, numbers=numbers), of_kernels]
+
+
+def check_kernels(differing: dict[str, str]) -> Check:
+    """Of operations that differ, which pretraining leaves to torch on every node."""
+    if differing:
+        found = "; ".join(f"{operation}: {how}" for operation, how in differing.items())
+        return Check("kernels", "WARNING", found, "mend that node, or leave it out with sbatch --exclude")
+    return Check("kernels", "OK", "the same on every rank")
 
 
 def _time_steps(bench: Bench, rows: int) -> list[float]:

@@ -14,7 +14,7 @@ from pipeline import checkpoint as checkpoints
 from pipeline.config import Config
 from pipeline.errors import ConfigError, DamagedError, DoNotRequeueError, StoppedByFile, StoppedEarly, UsageError
 from pipeline.log import logger
-from pipeline.stages import read_record, stage_folder
+from pipeline.stages import changed_since, read_record, stage_folder
 from pipeline.stopping import STOP_FILE
 
 EXIT_FILE = "ELECTRA_EXIT_FILE"
@@ -95,7 +95,7 @@ def _check_safeguards(config: Config) -> None:
 
 def _check_normalization(config: Config) -> None:
     train, record = config.train, read_record(config, "pretrain")
-    begun = record and "micro_batch_rows" in record.numerics
+    begun = record and "micro_batch_rows" in record.numerics and not changed_since(record, config)
     if config.objective.loss_normalization == "micro_batch" and train.micro_batch_size == "auto" and not begun:
         raise ConfigError(
             "train.micro_batch_size=auto follows from the number of processes, and with objective.loss_normalization="

@@ -3,7 +3,7 @@
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -17,12 +17,14 @@ from pipeline.config import Config
 from pipeline.distributed import Control, Process
 from pipeline.errors import ConfigError
 from pipeline.log import logger
+from pipeline.meeting import node_name
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 # Dense bf16, FLOP/s, from NVIDIA's datasheets.
 _PEAK_BF16 = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "B200": 2250e12, "V100": 125e12}
 
+_DIFFERING = "not the same on all processes"
 _COMPILED = ("add_norm", "bias_gelu")  # what lies between a layer's products
 
 
@@ -88,29 +90,53 @@ def agree_on_kernels(config: Config, kernels: Kernels, control: Control) -> Kern
     Raises:
         ConfigError: They differ, and another backend than ``auto`` was asked for (every rank).
     """
-    (first_host, first), *others = control.gather((socket.gethostname(), kernels.names))
-    differing = {}
-    for rank, (host, names) in enumerate(others, 1):
-        for operation in (each for each in first if names[each] != first[each]):
-            differing.setdefault(
-                operation, f"rank {rank} on {host} has {names[operation]} and rank 0 on {first_host} {first[operation]}"
-            )
+    differing = differing_kernels(control.gather(account_of(kernels)))
     for operation, how in differing.items():
         if config.kernels.backend != "auto":
             raise ConfigError(
-                f"kernels.backend={config.kernels.backend}: for {operation}, {how}; `electra doctor` says why: mend "
-                "that node, leave it out, or set kernels.backend"
+                f"kernels.backend={config.kernels.backend}: for {operation}, {how}; mend that node, leave it out, or "
+                "set kernels.backend"
             )
         if control.is_first:
-            logger.warning("kernel of %s: %s; all take torch, `electra doctor` says why", operation, how)
+            logger.warning("kernel of %s: %s; all take torch until the next attempt", operation, how)
     functions = {operation: find(operation, "torch") for operation in differing}
-    names, reasons = dict.fromkeys(differing, "torch"), dict.fromkeys(differing, "not the same on all processes")
+    names, reasons = dict.fromkeys(differing, "torch"), dict.fromkeys(differing, _DIFFERING)
     return replace(kernels, **functions, names=kernels.names | names, reasons=kernels.reasons | reasons)
 
 
+def account_of(kernels: Kernels) -> list[Any]:
+    """What ``differing_kernels`` compares, of this process."""
+    return [node_name(), kernels.names, kernels.reasons]
+
+
+def differing_kernels(accounts: Sequence[Sequence[Any]]) -> dict[str, str]:
+    """Operations that not all processes run alike, and how the first other one differs from rank 0.
+
+    Args:
+        accounts: ``account_of`` each rank.
+    """
+    (first_node, first, ground), *others = accounts
+    differing: dict[str, str] = {}
+    for rank, (node, names, reasons) in enumerate(others, 1):
+        for operation in (each for each in first if names[each] != first[each]):
+            how = f"rank {rank} on {node} has {names[operation]} ({reasons[operation]}) and rank 0 on {first_node} "
+            differing.setdefault(operation, f"{how}{first[operation]} ({ground[operation]})")
+    return differing
+
+
 def kept_kernels(numerics: dict[str, Any], device: str) -> dict[str, str] | None:
-    """Backends by operation that a run's earlier attempt stored, if it ran on a device of this kind."""
-    return numerics.get("kernels") if numerics.get("device") == device else None
+    """Backends by operation that a run's first attempt chose, if it ran on a device of this kind."""
+    kept = numerics.get("kernels_kept", numerics.get("kernels"))  # older records have what ran alone
+    return kept if numerics.get("device") == device else None
+
+
+def kernels_to_keep(config: Config, kernels: Kernels, kept: dict[str, str] | None) -> dict[str, str]:
+    """Backends by operation that later attempts are to take: where ``auto`` chooses, those of the first one.
+
+    What one node's sickness kept from running is not among them, so that each attempt tries it again.
+    """
+    chosen = {operation: name for operation, name in kernels.names.items() if kernels.reasons[operation] != _DIFFERING}
+    return chosen | (kept or {}) if config.kernels.backend == "auto" else chosen
 
 
 def prepare_layers(config: Config, model: nn.Module) -> None:

@@ -29,6 +29,7 @@ from pipeline.devices import (
     choose_kernels,
     explaining_lack_of_memory,
     kept_kernels,
+    kernels_to_keep,
     peak_flops,
     prepare_layers,
 )
@@ -117,7 +118,8 @@ def _prepare(
     tokenized = load_tokenize_output(config)
     folders, weights = shard_folders(config, tokenized, warns=process.local_rank == 0)
     plan = make_plan(config, process.world_size, tokenized["vocab_size"], record.numerics.get("micro_batch_rows"))
-    kernels = agree_on_kernels(config, choose_kernels(config, device, kept_kernels(record.numerics, device)), control)
+    kept = kept_kernels(record.numerics, device)
+    kernels = agree_on_kernels(config, choose_kernels(config, device, kept), control)
     _check_disk(folder, plan, control)
     peak, peak_source = peak_flops(device, threads, config.train.precision)
     _log_plan(plan)
@@ -140,7 +142,7 @@ def _prepare(
         _announce_numerics(config, record, {
             "world_size": process.world_size, "threads": threads, "device": device, "zero_stage": engine.stage,
             "micro_batch_rows": plan.micro_batch_rows, "kernels": kernels.names,
-            "compile_layers": config.kernels.compile_layers,
+            "kernels_kept": kernels_to_keep(config, kernels, kept), "compile_layers": config.kernels.compile_layers,
         })  # fmt: skip
     # A fork's are written while it is restored, by the first process.
     skips = control.broadcast(read_skips(folder) if control.is_first else None)

@@ -273,10 +273,10 @@ def _report_counts(manifest: Manifest) -> None:
 
 
 class _ProgressLine:
-    """Logs one line for all processes that fill a folder: tasks, MB/s, tokens/s, time left."""
+    """Logs one line for all processes that fill a folder: tasks, MB/s, tokens/s, time left; and once, much damage."""
 
     def __init__(self, corpus: str):
-        self._corpus = corpus
+        self._corpus, self._warned = corpus, False
 
     def __call__(self, progress: Progress) -> None:
         elapsed = max(progress.elapsed_s, 1e-3)
@@ -290,6 +290,9 @@ class _ProgressLine:
             self._corpus, progress.tasks_done, progress.tasks, progress.text_bytes / 1e6 / elapsed,
             f"{progress.tokens / elapsed:,.0f}", left,
         )  # fmt: skip
+        if progress.damage and not self._warned and progress.tasks_done < progress.tasks:
+            self._warned = True
+            logger.warning("%s: %s may; an error unless the rest makes up for it", self._corpus, progress.damage)
 
 
 def _duration(seconds: float) -> str:

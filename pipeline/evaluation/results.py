@@ -40,7 +40,7 @@ def gather(config: Config, units: list[Unit], record: StageRecord) -> Results:
     tasks: dict[str, Any] = {}
     grid: dict[str, Any] = {}
     chosen_units: dict[str, list[Unit]] = {}
-    for task in {unit.task.name: unit.task for unit in units}.values():
+    for task in {unit.task.name: unit.task for unit in sorted(units, key=lambda unit: unit.place)}.values():
         by_point: dict[str, list[Unit]] = {}
         for unit in sorted(done, key=lambda unit: (unit.point, unit.seed)):
             if unit.task is task:
@@ -152,7 +152,10 @@ def write_summary(folder: Path, results: Results) -> None:
 
 
 def write_submissions(folder: Path, results: Results, units: list[Unit]) -> None:
-    """Predictions on test files, of the seed that did best on dev; ``chosen.json`` says which."""
+    """Predictions on test files, of the seed that did best on dev; ``chosen.json`` says which.
+
+    Of tasks with one test file, the predictions of the first in ``evaluate.tasks`` have its name.
+    """
     chosen: dict[str, Any] = {}
     writers: dict[str, str] = {}  # test file to the task whose predictions on it have its name
     _remove_written(folder)

@@ -40,6 +40,7 @@ class Unit:
         fingerprint: Of all that its result depends on.
         needs: The unit whose encoder this one starts from.
         keeps_weights: Whether another unit starts from this one's encoder.
+        place: Of its task in ``evaluate.tasks``.
     """
 
     pretrained: Pretrained
@@ -51,6 +52,7 @@ class Unit:
     fingerprint: str
     needs: "Unit | None" = None
     keeps_weights: bool = False
+    place: int = 0
 
     @property
     def name(self) -> str:
@@ -121,7 +123,7 @@ def plan_units(config: Config, folder: Path, pretrained: Pretrained, tasks: list
     recipes = {task.name: recipes_for(config.evaluate, task.config, pretrained.model) for task in tasks}
     starts = {recipe.init_from for of_task in recipes.values() for recipe in of_task.values()} - {None}
     _check_starts(config, starts, recipes)
-    seeds = range(1, config.evaluate.seeds + 1)
+    seeds, names = range(1, config.evaluate.seeds + 1), [task.name for task in tasks]
     units: dict[tuple[str, str, int], Unit] = {}
     for task in sorted(tasks, key=lambda task: task.name not in starts):  # those that others need come first
         for point, recipe in recipes[task.name].items():
@@ -129,9 +131,9 @@ def plan_units(config: Config, folder: Path, pretrained: Pretrained, tasks: list
                 needs = units[recipe.init_from, "", seed] if recipe.init_from else None
                 fingerprint = _fingerprint(pretrained, task, recipe, seed, needs)
                 unit_folder = folder / pretrained.label / task.name / point / f"seed_{seed}"
-                is_start = task.name in starts
+                is_start, place = task.name in starts, names.index(task.name)
                 units[task.name, point, seed] = Unit(
-                    pretrained, task, recipe, point, seed, unit_folder, fingerprint, needs, is_start
+                    pretrained, task, recipe, point, seed, unit_folder, fingerprint, needs, is_start, place
                 )
     return sorted(units.values(), key=lambda unit: -_cost(unit))
 

@@ -48,7 +48,7 @@ class Kept:
 def read_kept(out: Path, given: Sequence[Run]) -> Kept:
     """From OUT.md, OUT_journal.csv and OUT_scores.csv all but the lines of the runs ``given``.
 
-    Of those, scores of tasks that their folders do not have are added to them.
+    Of those, scores of checkpoints and tasks that their folders do not have are added to them.
 
     Raises:
         SystemExit: One of the files is absent.
@@ -87,12 +87,15 @@ def _run(name: str, scores: list[list[str]]) -> Run:
 
 
 def _add_scores(run: Run, scores: list[list[str]]) -> None:
-    new = [] if run.results is None else [run.results]
-    for results in [*run.all_results, *new]:
-        for earlier in _all_results(scores):
-            if earlier["step"] == results["step"]:
-                for part in ("score", "tasks"):
-                    results[part] = earlier[part] | results[part]
+    there = [*run.all_results, *([] if run.results is None else [run.results])]
+    for earlier in _all_results(scores):
+        of_step = [results for results in there if results["step"] == earlier["step"]]
+        for results in of_step:
+            for part in ("score", "tasks"):
+                results[part] = earlier[part] | results[part]
+        if not of_step:
+            run.all_results.append(earlier)
+    run.all_results.sort(key=lambda results: results["step"] or 0)
 
 
 def _all_results(scores: list[list[str]]) -> list[Results]:

@@ -6,6 +6,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import threading
@@ -13,12 +14,13 @@ import time
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import data_shards.build as build_module
 from data_shards import shards, store, tasks
-from data_shards.build import Share
+from data_shards.build import Progress, Share
 from data_shards.corpus import Corpus, Task
 from data_shards.digest import corpus_digest
 from data_shards.errors import DamagedDataError, DataError, DataSettingError
@@ -326,15 +328,41 @@ def test_held_out_documents_do_not_reach_the_tokenizer(corpus, settings, documen
         assert (1 not in Tokenizer(tmp_path / str(fraction)).encode("☃")) == known
 
 
-def test_damage_that_the_rest_cannot_make_up_for_ends_it_early(tokenizer_folder, tmp_path):
+@pytest.mark.parametrize(("lines", "is_error"), [(3000, True), (30_000, False)])
+def test_damage_here_and_there_is_told_at_once_and_judged_at_the_end(tokenizer_folder, tmp_path, lines, is_error):
     path = tmp_path / "text.txt"
-    path.write_bytes(b"".join((b"caf\xe9" if n % 20 == 0 else b"word") + b" one two three\n" for n in range(4000)))
+    damaged = range(0, 3000, 20)
+    path.write_bytes(b"".join((b"caf\xe9" if n in damaged else b"word") + b" one two\n" for n in range(lines)))
+    job, inputs = job_of(path, tokenizer_folder)
+    told: list[Progress] = []
+    if is_error:
+        with pytest.raises(DamagedDataError, match=r"byte 3 is not UTF-8; 150 of 3,000 documents have such errors and"):
+            build_module.build_folder(job, inputs, 4096, 1, on_progress=told.append, interval_s=0)
+    else:
+        manifest = build_module.build_folder(job, inputs, 4096, 1, on_progress=told.append, interval_s=0)
+        assert manifest.num_documents() == lines
+    first = next(progress for progress in told if progress.damage)
+    assert 1 < first.tasks_done < first.tasks == told[-1].tasks_done
+    assert re.match(r"\S+: byte 3 is not UTF-8; 1\d\d of 2,\d+ documents .* at most 1% of a corpus$", first.damage)
+    assert bool(told[-1].damage) == is_error
+
+
+def test_text_that_changed_is_not_taken_for_damage_of_the_one_before(tokenizer_folder, tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_bytes(b"word one two\n" * 1000 + b"caf\xe9 one two\n" * 200)
+    job, inputs = job_of(path, tokenizer_folder)
+    with pytest.raises(DamagedDataError, match=r"byte 13003 is not UTF-8"):
+        build_module.build_folder(job, inputs, 4096, 1)
+    assert list((job.folder / "tasks").iterdir())
+    with pytest.raises(DamagedDataError, match="the text changed while it was tokenized"):
+        build_module.build_folder(job, inputs, 4096, 1, is_unchanged=lambda: False)
+    assert not list((job.folder / "tasks").iterdir())
+
+
+def job_of(path: Path, tokenizer_folder: Path) -> tuple[FolderJob, dict[str, Any]]:
     corpus = Corpus("latin", str(path), documents="line")
     inputs = shard_inputs(corpus, corpus_digest(corpus, None), "tokenizer", 0.0, 4096, Layout())
-    job = FolderJob(tmp_path / "folder", corpus, content_key(inputs), tokenizer_folder, 0.0, Layout())
-    with pytest.raises(DamagedDataError, match=r"byte 3 is not UTF-8; .* documents have such errors and at most 1%"):
-        build_module.build_folder(job, inputs, 4096, 1, interval_s=0)
-    assert 2 < len(list((job.folder / "tasks").iterdir())) < 12  # of 18: not the first chance damage, not the last task
+    return FolderJob(path.parent / "folder", corpus, content_key(inputs), tokenizer_folder, 0.0, Layout()), inputs
 
 
 def test_damaged_text_is_named_while_the_tokenizer_is_trained(settings, tmp_path):

@@ -15,6 +15,7 @@ from pipeline.acceptance import MEANT_TO_DIE, PARTS, Check, make_report, run_par
 from pipeline.acceptance_quick import quick
 from pipeline.config import Config
 from pipeline.config_file import load_config
+from pipeline.devices import differing_kernels
 from pipeline.distributed import Process, resolve_device
 from pipeline.errors import ElectraError
 from pipeline.goodput import Attempt
@@ -320,15 +321,23 @@ def test_slow_wires_are_a_warning(
 
 
 def test_steps_and_parity_are_measured_here(electra: Electra, config_path: Path) -> None:
-    for part, check in (("mfu", "steps"), ("parity", "ZeRO parity")):
+    for part, names in (("mfu", ["steps", "kernels"]), ("parity", ["ZeRO parity"])):
         done = electra("acceptance", config_path, "--part", part)
         found = json.loads((config_path.parent / "out" / "acceptance" / "parts" / f"{part}.json").read_text())
-        assert [item["name"] for item in found["checks"]] == [check] and check in done.stdout
+        assert [item["name"] for item in found["checks"]] == names and all(name in done.stdout for name in names)
         numbers = found["checks"][0]["numbers"]
         if part == "mfu":
             assert 0 < numbers["mfu_pct"][0] < 200  # of a peak that is measured, on a machine that does other things
         else:
             assert len(numbers["losses"]["0"]) == 10 and numbers["relative"]["3"] < 1e-4
+
+
+def test_kernels_that_differ_are_a_warning() -> None:
+    alike = [["n1", {"attention": "triton"}, {"attention": "fastest"}]] * 2
+    sick = ["n2", {"attention": "torch"}, {"attention": "always there; triton's attention fails"}]
+    check = acceptance_speed.check_kernels(differing_kernels([*alike, sick]))
+    assert check.state == "WARNING" and "rank 2 on n2 has torch (always there; triton's attention fails)" in check.found
+    assert acceptance_speed.check_kernels(differing_kernels(alike)).state == "OK"
 
 
 @pytest.mark.distributed

@@ -1,6 +1,7 @@
 """What an attempt leaves for the next one: its exit code with the reason, and the steps from which requeues went on."""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from pipeline.errors import (
     StoppedByFile,
     StoppedEarly,
 )
+from pipeline.keys import science_of
 from pipeline.stages import StageRecord, write_record
 from tests.conftest import Electra
 
@@ -119,8 +121,12 @@ def test_a_loss_that_would_follow_from_the_number_of_processes_is_refused(config
     config = load_config(config_path, ("recipe=released", "train.micro_batch_size=auto"))
     with pytest.raises(ConfigError, match=r"set train\.micro_batch_size to a number of rows"):
         refuse_to_start(config)
-    write_record(config, StageRecord("pretrain", "failed", {}, numerics={"micro_batch_rows": 4}))
-    refuse_to_start(config)
+    other = science_of(load_config(config_path, ("train.micro_batch_size=auto",)), "pretrain")
+    for science, begun in ((other, False), (science_of(config, "pretrain"), True)):  # it starts anew; it goes on
+        inputs = {"science": json.loads(json.dumps(science))}
+        write_record(config, StageRecord("pretrain", "failed", inputs, numerics={"micro_batch_rows": 4}))
+        with nullcontext() if begun else pytest.raises(ConfigError, match="set train"):
+            refuse_to_start(config)
     refuse_to_start(load_config(config_path, ("recipe=released", "train.micro_batch_size=4", "run.name=new")))
     refuse_to_start(load_config(config_path, ("train.micro_batch_size=auto", "run.name=new")))
 

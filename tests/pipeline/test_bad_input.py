@@ -174,25 +174,34 @@ def test_too_little_space_is_known_before_the_first_step(config_path: Path, monk
 
 
 def test_processes_that_would_run_other_kernels_run_torchs(config_path: Path, caplog) -> None:
+    """In this attempt: each tries again what the first one chose."""
     from model.kernels.select import find, select_kernels
     from pipeline.config_file import load_config
-    from pipeline.devices import agree_on_kernels
+    from pipeline.devices import agree_on_kernels, kept_kernels, kernels_to_keep
     from pipeline.errors import ConfigError
 
     chosen = select_kernels("reference")
     config = load_config(config_path)
 
     def gather(mine):
-        return [("n1", chosen.names), mine, ("n2", chosen.names | {"attention": "triton"})]
+        return [("n1", *mine[1:]), mine, ("n2", chosen.names | {"attention": "triton"}, chosen.reasons)]
 
     assert agree_on_kernels(config, chosen, Mock(gather=lambda mine: [mine] * 3)) == chosen
     agreed = agree_on_kernels(config, chosen, Mock(gather=gather))
     assert agreed.names == chosen.names | {"attention": "torch"}
     assert agreed.attention is find("attention", "torch") and agreed.embed is chosen.embed
-    assert "kernel of attention: rank 2 on n2 has triton and rank 0 on n1 reference; all take torch" in caplog.text
+    why = chosen.reasons["attention"]
+    how = f"rank 2 on n2 has triton ({why}) and rank 0 on n1 reference ({why})"
+    assert f"kernel of attention: {how}; all take torch until the next attempt" in caplog.text
+    others = {operation: name for operation, name in chosen.names.items() if operation != "attention"}
+    assert kernels_to_keep(config, agreed, None) == others
+    numerics = {"device": "cpu", "kernels": agreed.names, "kernels_kept": chosen.names}
+    assert kernels_to_keep(config, agreed, kept_kernels(numerics, "cpu")) == chosen.names
+    assert kept_kernels(numerics, "cuda") is None
     asked = load_config(config_path, ("kernels.backend=triton",))
     with pytest.raises(ConfigError, match=r"for attention, rank 2 on n2 has triton .* mend that node"):
         agree_on_kernels(asked, chosen, Mock(gather=gather))
+    assert kernels_to_keep(asked, chosen, dict.fromkeys(chosen.names, "torch")) == chosen.names
 
 
 def test_missing_task_data_and_unknown_task(config_path: Path, electra: Electra, write_task) -> None:

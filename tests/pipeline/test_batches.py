@@ -70,12 +70,12 @@ def test_the_generator_sees_the_vocabularys_own_mask_id_and_all_but_its_special_
 
 
 def test_an_id_that_the_vocabulary_does_not_have_is_damage(config_path):
-    config = load_config(config_path)
+    config = load_config(config_path, ("data.local_dir=/copies",))
     windows = np.full((2, config.data.sequence_length), 50, np.uint16)
     windows[1, 7] = VOCAB_SIZE
     keys = np.arange(2, dtype=np.uint64)
     keyed = KeyedRows(pack_rows(windows, keys, TRAINED), keys, TRAINED)
-    with pytest.raises(DamagedDataError, match=r"token id 300, but the vocabulary has 300: .*`electra shards verify"):
+    with pytest.raises(DamagedDataError, match=r"token id 300, .* verify FOLDER` on .*, of /copies and /\S+,"):
         to_micro_batch(keyed, config, VOCAB_SIZE, "cpu", 1, 1.0)
     to_micro_batch(keyed, config, VOCAB_SIZE + 1, "cpu", 1, 1.0)
 

@@ -96,6 +96,14 @@ def test_changed_text_is_refused(config_path: Path, corpus_path: Path, electra: 
     assert "text.own" in electra("run", config_path, corpora, *STEPS, code=78).stderr
 
 
+def test_what_pretraining_refuses_is_known_before_text_is_tokenized(config_path: Path, electra: Electra) -> None:
+    said = electra(
+        "run", config_path, "run.name=early", "train.spike_rollbacks=2", "train.spike_threshold=null", code=78
+    )
+    assert "train.spike_threshold=null none is found; set a" in said.stderr and "tokenize: " not in said.stderr
+    assert not (config_path.parent / "out/runs/early/tokenize/stage.json").exists()
+
+
 def test_execution_keys_change_nothing(done: Path, electra: Electra) -> None:
     said = electra("run", done, "run.name=chain", *STEPS, "train.log_every=3", "data.num_workers=2").stderr
     assert "pretrain: up to date" in said

@@ -153,8 +153,9 @@ def test_predictions_of_two_tasks_on_one_test_file_do_not_meet(
     for name in ("first", "second"):
         task = task_in(tmp_path / name, name=name, test={"QNLI": "blind.jsonl"})
         task.files["QNLI"] = (tmp_path / "blind.jsonl",)
-        units.append(Unit(pretrained, task, recipe(), name, 1, tmp_path / "units" / name, name))
-        finish(units[-1], 0.5)
+        place = ("first", "second").index(name)
+        units.insert(0, Unit(pretrained, task, recipe(), name, 1, tmp_path / "units" / name, name, place=place))
+        finish(units[0], 0.5)
     folder = tmp_path / "submission"
     for names in (("first", "second"), ("second",)):
         some = [unit for unit in units if unit.task.name in names]

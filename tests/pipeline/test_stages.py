@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 
 from data_shards import temporaries
-from pipeline import sign_of_life, stages
+from pipeline import chain, sign_of_life, stages
 from pipeline.comparison.folder import read_folder
 from pipeline.config import Config
 from pipeline.config_file import dump_yaml, load_config
+from pipeline.distributed import Process
 from pipeline.errors import ConfigError
 from pipeline.stages import end_record, is_running, read_record, run_lock, start_record
 from pipeline.status import describe_status
@@ -149,6 +150,26 @@ def test_elements_of_an_array_that_start_at_once_are_of_one_lineage(config: Conf
         shutil.rmtree(config.run_folder / "evaluate")
         lineages.append(start_record(config, "evaluate", {"a": 1}, {}, shared=job).lineage)
     assert len(set(lineages)) == 6
+
+
+@pytest.mark.parametrize(
+    ("stage", "elements", "is_one"), [("evaluate", 2, True), ("pretrain", 2, False), ("evaluate", 1, False)]
+)
+def test_slurm_says_whose_lineage_is_one(
+    config: Config, monkeypatch: pytest.MonkeyPatch, stage: str, elements: int, is_one: bool
+) -> None:
+    array = {"JOB_ID": 17, "TASK_COUNT": elements, "TASK_MIN": 0, "TASK_MAX": elements - 1, "TASK_ID": 0}
+    for name, value in array.items():
+        monkeypatch.setenv(f"SLURM_ARRAY_{name}", str(value))
+    monkeypatch.setitem(chain._STORIES, stage, lambda *_: True)
+    lineages = set()
+    for _ in range(2):
+        shutil.rmtree(config.run_folder / stage, ignore_errors=True)  # the second does not see the first one's
+        chain.execute_stage(config, chain.Decision(stage, "run", "", {"a": 1}), Process())
+        record = read_record(config, stage)
+        assert record is not None and record.state == "done"
+        lineages.add(record.lineage)
+    assert len(lineages) == (1 if is_one else 2)
 
 
 def test_status_and_compare_agree_where_locks_do_not_tell(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from data_shards.build import Share
+from data_shards.build import Progress, Share
 from data_shards.keys import content_key, tokenizer_inputs
 from data_shards.tokenizer_files import TokenizerSettings
+from pipeline import tokenize
 from pipeline.config_file import load_config
 from pipeline.keys import science_of
 from pipeline.tokenize import corpora_of, tokenize_inputs
@@ -306,6 +307,19 @@ def test_progress_has_speed_and_time_left(arguments, electra, tmp_path):
     assert lines
     assert all("MB/s" in line and "tokens/s" in line for line in lines)
     assert lines[-1].endswith("done")
+
+
+def test_more_damage_than_may_be_is_a_warning_once_while_the_rest_may_make_up_for_it(caplog):
+    show = tokenize._ProgressLine("web")
+    for tasks_done in range(1, 4):
+        show(Progress(tasks_done, 4, 0, 0, 0, 0, 1.0, damage="a.txt: byte 3 is not UTF-8; 101 of 900 documents"))
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert warnings == [
+        "web: a.txt: byte 3 is not UTF-8; 101 of 900 documents may; an error unless the rest makes up for it"
+    ]
+    last = tokenize._ProgressLine("web")
+    last(Progress(4, 4, 0, 0, 0, 0, 1.0, damage="too late"))
+    assert "too late" not in caplog.text
 
 
 def test_every_format_and_kind_of_tokenizer_from_the_command_line(electra, shared_config, corpus_path, tmp_path):
