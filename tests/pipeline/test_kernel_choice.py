@@ -43,7 +43,7 @@ def test_a_backend_that_cannot_run_here_ends_the_stage_at_once(shared_config, el
 
 
 def test_a_run_keeps_its_kernels_and_says_when_it_cannot(shared_config, electra: Electra):
-    """Two attempts under stored names that ``auto`` would not choose: one there is, one that is gone."""
+    """Attempts under stored names that ``auto`` would not choose: one there is, one is gone, and tried each time."""
     name, short = "run.name=kernels-kept", "train.stop_after_seconds=0.001"
     electra("tokenize", shared_config, name)
     first = electra("pretrain", shared_config, name, short, code=85).stderr
@@ -51,9 +51,10 @@ def test_a_run_keeps_its_kernels_and_says_when_it_cannot(shared_config, electra:
         assert f"kernel of {operation}".ljust(32) + " torch (Triton and apex need" in first
     path = record_of(shared_config, "kernels-kept")
     record = json.loads(path.read_text())
-    assert record["numerics"]["kernels"] == dict.fromkeys(OPERATIONS, "torch")
+    assert record["numerics"]["kernels"] == record["numerics"]["kernels_kept"] == dict.fromkeys(OPERATIONS, "torch")
     assert record["numerics"]["compile_layers"] is False
-    record["numerics"]["kernels"] |= {"add_norm": "reference", "embed": "triton"}
+    for names in ("kernels", "kernels_kept"):
+        record["numerics"][names] |= {"add_norm": "reference", "embed": "triton"}
     path.write_text(json.dumps(record))
 
     second = electra("pretrain", shared_config, name, short, code=85).stderr
@@ -64,6 +65,10 @@ def test_a_run_keeps_its_kernels_and_says_when_it_cannot(shared_config, electra:
     assert "'embed': 'triton'" in changed
     now = json.loads(path.read_text())["numerics"]["kernels"]
     assert now == dict.fromkeys(OPERATIONS, "torch") | {"add_norm": "reference"}
+
+    third = electra("pretrain", shared_config, name, short, code=85).stderr
+    assert "kernel of embed runs on torch: Triton kernels need a GPU" in third
+    assert "results agree to rounding, not bitwise" not in third
 
 
 def test_what_is_broken_is_warned_of(config_path, monkeypatch):
