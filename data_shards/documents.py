@@ -89,30 +89,31 @@ def read_documents(corpus: Corpus, task: Task, counts: Counts) -> Iterator[str]:
         else:
             yield from _read_table(corpus, piece, reader)
     if counts.encoding_errors > MANY_DAMAGED:
-        refuse_other_encoding(counts, _EARLY_FRACTION)
+        refuse_other_encoding(counts, _EARLY_FRACTION, "a task")
 
 
-def refuse_other_encoding(counts: Counts, most: float = MAX_DAMAGED_FRACTION) -> None:
+def refuse_other_encoding(counts: Counts, most: float = MAX_DAMAGED_FRACTION, of: str = "a corpus") -> None:
     """Ends where so many documents are damaged that it is no accident.
 
     Args:
         counts: What was found.
-        most: The fraction of documents that may be; more than the corpus' own where a part alone was read.
+        most: The fraction of documents that may be.
+        of: Whose, for people.
 
     Raises:
         DamagedDataError: More than this fraction of them.
     """
     if counts.encoding_errors > most * counts.documents:
         raise DamagedDataError(
-            f"{describe_damage(counts)} may; convert the file, for example with `iconv -f LATIN1 -t UTF-8`"
+            f"{describe_damage(counts, most, of)}; convert the file, for example with `iconv -f LATIN1 -t UTF-8`"
         )
 
 
-def describe_damage(counts: Counts) -> str:
-    """The first place, how many documents, and the limit, as far as its verb."""
+def describe_damage(counts: Counts, most: float = MAX_DAMAGED_FRACTION, of: str = "a corpus") -> str:
+    """The first place, how many documents, and the limit; see ``refuse_other_encoding``."""
     return (
         f"{counts.examples[0]}; {counts.encoding_errors:,} of {counts.documents:,} documents have such errors and "
-        f"at most {MAX_DAMAGED_FRACTION:.0%} of a corpus"
+        f"at most {most:.0%} of {of}'s may"
     )
 
 

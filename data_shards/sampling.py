@@ -53,7 +53,7 @@ def sample_paragraphs(
                 if most <= 0:
                     break
             left_bytes += most
-        refuse_other_encoding(counts, _MOST_DAMAGED)
+        refuse_other_encoding(counts, _MOST_DAMAGED, "the tokenizer's sample")
 
 
 def _training_lines(corpus: Corpus, task: Task, held_out_fraction: float, counts: Counts) -> Iterator[str]:

@@ -78,11 +78,11 @@ def mfu(config: Config, process: Process) -> list[Check]:
             problem = str(error).partition("\n")[0]
         peak, source = peak_flops(device, threads, config.train.precision)
         answers = meeting.exchange("measuring steps", [problem, statistics.median(seconds), peak], _PATIENCE_S)
+    of_kernels = check_kernels(differing, config.kernels.backend)
     bad = [rank for rank, (problem, *_) in enumerate(answers) if problem]
     if bad:
         found = f"a micro-batch of {rows} rows: {meeting.name(bad)}: {answers[bad[0]][0]}"
-        return [Check("steps", "FAILED", found, "lower train.micro_batch_size")]
-    of_kernels = check_kernels(differing)
+        return [Check("steps", "FAILED", found, "lower train.micro_batch_size"), of_kernels]
     flops = rows * plan.sequence_length_tokens * plan.flops_per_token
     pcts = [100 * flops / (median_s * peak) for _, median_s, peak in answers]
     middle_s = statistics.median_low(median_s for _, median_s, _ in answers)
@@ -98,11 +98,12 @@ def mfu(config: Config, process: Process) -> list[Check]:
     return [Check("steps", "OK", found, numbers=numbers), of_kernels]
 
 
-def check_kernels(differing: dict[str, str]) -> Check:
-    """Of operations that differ, which pretraining leaves to torch on every node."""
+def check_kernels(differing: dict[str, str], backend: str) -> Check:
+    """Of operations that differ: pretraining leaves them to torch on every node, or ends if a backend is asked for."""
     if differing:
         found = "; ".join(f"{operation}: {how}" for operation, how in differing.items())
-        return Check("kernels", "WARNING", found, "mend that node, or leave it out with sbatch --exclude")
+        state = "WARNING" if backend == "auto" else "FAILED"
+        return Check("kernels", state, found, "mend that node, or leave it out with sbatch --exclude")
     return Check("kernels", "OK", "the same on every rank")
 
 

@@ -292,7 +292,7 @@ class _ProgressLine:
         )  # fmt: skip
         if progress.damage and not self._warned and progress.tasks_done < progress.tasks:
             self._warned = True
-            logger.warning("%s: %s may; an error unless the rest makes up for it", self._corpus, progress.damage)
+            logger.warning("%s: %s; an error unless the rest makes up for it", self._corpus, progress.damage)
 
 
 def _duration(seconds: float) -> str:

@@ -117,8 +117,7 @@ def _read(client: MlflowClient, pipeline: TrackedRun, uri: str) -> Run:
     stages: dict[str, TrackedRun] = {}
     for run in below:  # newest first: a stage that was forced has several
         stages.setdefault(run.data.tags.get("electra.stage", ""), run)
-    drifted = {key.removeprefix(DRIFT): value for key, value in pipeline.data.tags.items() if key.startswith(DRIFT)}
-    settings = settings_of(pipeline.data.params | drifted)
+    settings = settings_of(_last_params(pipeline))
     tokenizer = stages["tokenize"].data.tags.get("electra.tokenizer_sha256") if "tokenize" in stages else None
     results, notes = _results(client, stages.get("evaluate"), uri)
     pretrain = stages.get("pretrain")
@@ -126,7 +125,7 @@ def _read(client: MlflowClient, pipeline: TrackedRun, uri: str) -> Run:
         name=pipeline.info.run_name or run_id,
         source=f"{redact(uri)} run {run_id}",
         settings=settings | ({"tokenizer.sha256": tokenizer} if tokenizer else {}),
-        numerics=_numerics(pretrain.data.params) if pretrain else {},
+        numerics=_numerics(_last_params(pretrain)) if pretrain else {},
         curves=_curves(client, pretrain),
         facts=_facts(stages),
         results=results,
@@ -136,6 +135,12 @@ def _read(client: MlflowClient, pipeline: TrackedRun, uri: str) -> Run:
         identity=pipeline.data.tags.get("electra.run_id", ""),
         is_tracked=True,
     )
+
+
+def _last_params(run: TrackedRun) -> dict[str, str]:
+    """MLflow keeps a parameter's first value; what it has become since is a tag."""
+    drifted = {key.removeprefix(DRIFT): value for key, value in run.data.tags.items() if key.startswith(DRIFT)}
+    return run.data.params | drifted
 
 
 def _numerics(params: dict[str, str]) -> dict[str, str]:

@@ -4,7 +4,8 @@
 
 RUN is a run's folder. Runs whose names differ in a number at the end (``mlm_1``, ``mlm_2``) are one setting, pretrained
 several times. Scores are compared with those of each ``--against``, or of the first. With ``--keep`` the lines of runs
-that are not given stay, as an earlier call wrote them, and scores of tasks that a given one's folder lacks. Written are
+that are not given stay, as an earlier call wrote them, and so do scores that a given one's folder lacks, unless it was
+trained anew at another commit. Written are
 
     OUT.md            each run (commit, FLOPs, speed, goodput, attempts), held-out scores, fine-tuned scores
     OUT_journal.csv   lines of the journal: about every tenth of a run, and those with held-out scores

@@ -48,7 +48,8 @@ class Kept:
 def read_kept(out: Path, given: Sequence[Run]) -> Kept:
     """From OUT.md, OUT_journal.csv and OUT_scores.csv all but the lines of the runs ``given``.
 
-    Of those, scores of checkpoints and tasks that their folders do not have are added to them.
+    Of those that were trained at the same commit, scores of checkpoints and tasks that their folders do not have are
+    added to them.
 
     Raises:
         SystemExit: One of the files is absent.
@@ -59,8 +60,10 @@ def read_kept(out: Path, given: Sequence[Run]) -> Kept:
     except FileNotFoundError as error:
         raise SystemExit(f"--keep: {error.filename} is not there; leave --keep out to write the first tables") from None
     order = [line["run"] for line in about]
+    commits = {line["run"]: line.get("git commit", "–") for line in about}
     for run in given:
-        _add_scores(run, [line for line in scores if line[0] == run.name])
+        if commits.get(run.name) == (run.facts.get("git") or "–"):  # else it was trained anew
+            _add_scores(run, [line for line in scores if line[0] == run.name])
     names = {run.name for run in given}
     about, held_out = ([line for line in lines if line["run"] not in names] for lines in (about, held_out))
     journal, scores = ([line for line in lines if line[0] not in names] for lines in (journal, scores))
@@ -87,14 +90,14 @@ def _run(name: str, scores: list[list[str]]) -> Run:
 
 
 def _add_scores(run: Run, scores: list[list[str]]) -> None:
-    there = [*run.all_results, *([] if run.results is None else [run.results])]
     for earlier in _all_results(scores):
-        of_step = [results for results in there if results["step"] == earlier["step"]]
-        for results in of_step:
-            for part in ("score", "tasks"):
-                results[part] = earlier[part] | results[part]
+        of_step = [results for results in run.all_results if results["step"] == earlier["step"]]
         if not of_step:
             run.all_results.append(earlier)
+        for results in [*of_step, *([run.results] if run.results else [])]:
+            if results["step"] == earlier["step"]:
+                for part in ("score", "tasks"):
+                    results[part] = earlier[part] | results[part]
     run.all_results.sort(key=lambda results: results["step"] or 0)
 
 

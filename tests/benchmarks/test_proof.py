@@ -88,6 +88,8 @@ def test_lines_of_runs_whose_folders_are_gone_are_kept(
     assert sorted(scores.splitlines()) == sorted(
         [*at_once[2].splitlines(), "b_1,10,1e+06,sst2,accuracy,1,90.000", "b_1,10,1e+06,sst2,accuracy,2,91.000"]
     ), "a task that its folder does not have stays"
+    shutil.rmtree(folders["b_1"] / "evaluate/step_10")
+    assert write(str(folders["b_1"]), "--keep")[2] == scores, "and of a checkpoint whose folder is gone"
     shutil.rmtree(folders["b_1"] / "evaluate")
     assert write(str(folders["b_1"]), "--keep")[2] == scores, "and checkpoints that it does not have, all of them here"
     (tmp_path / "tiny_scores.csv").unlink()

@@ -335,9 +335,11 @@ def test_steps_and_parity_are_measured_here(electra: Electra, config_path: Path)
 def test_kernels_that_differ_are_a_warning() -> None:
     alike = [["n1", {"attention": "triton"}, {"attention": "fastest"}]] * 2
     sick = ["n2", {"attention": "torch"}, {"attention": "always there; triton's attention fails"}]
-    check = acceptance_speed.check_kernels(differing_kernels([*alike, sick]))
+    differing = differing_kernels([*alike, sick])
+    check = acceptance_speed.check_kernels(differing, "auto")
+    assert acceptance_speed.check_kernels(differing, "apex").state == "FAILED", "pretraining would refuse it"
     assert check.state == "WARNING" and "rank 2 on n2 has torch (always there; triton's attention fails)" in check.found
-    assert acceptance_speed.check_kernels(differing_kernels(alike)).state == "OK"
+    assert acceptance_speed.check_kernels(differing_kernels(alike), "apex").state == "OK"
 
 
 @pytest.mark.distributed

@@ -17,7 +17,7 @@ from pipeline.config_file import dump_yaml, load_config
 from pipeline.errors import ConfigError, ElectraError
 from pipeline.evaluation.scores import summarize
 from pipeline.spikes import SkippedRows, add_skip
-from pipeline.stages import StageRecord, write_record
+from pipeline.stages import StageRecord, read_record, write_record
 from pipeline.tracking_mirror import Mirror
 from pipeline.tracking_store import create_sqlite
 from tests.conftest import TINY, free_port
@@ -130,6 +130,21 @@ def test_mlflow_alone_gives_the_same_comparison(shipped: tuple[str, dict[str, An
         assert tracked[part] == from_folders[part], part
     for ours, theirs in zip(tracked["runs"], from_folders["runs"], strict=True):
         assert ours["settings"] == theirs["settings"]
+
+
+def test_kernels_are_those_of_the_last_attempt(config_path: Path, own_uri: str) -> None:
+    """MLflow keeps a parameter's first value."""
+    folder = write_stages(config_path, "a")
+    for each in (folder, write_stages(config_path, "b")):
+        Mirror(each, own_uri, "compared").mirror(owner_alive=False)
+    config = load_config(config_path, ("run.name=a",))
+    record = read_record(config, "pretrain")
+    assert record is not None
+    record.numerics |= {"kernels": {"attention": "triton"}, "world_size": 4}
+    write_record(config, record)
+    Mirror(folder, own_uri, "compared").mirror(owner_alive=False)
+    tracked, _ = find_runs(["a", "b"], own_uri, "compared")
+    assert tracked.is_tracked and tracked.numerics == {"world_size": "4", "threads": "1", "kernels.attention": "triton"}
 
 
 def test_a_run_goes_by_the_id_of_its_pipeline_or_of_a_stage(

@@ -315,7 +315,7 @@ def test_more_damage_than_may_be_is_a_warning_once_while_the_rest_may_make_up_fo
         show(Progress(tasks_done, 4, 0, 0, 0, 0, 1.0, damage="a.txt: byte 3 is not UTF-8; 101 of 900 documents"))
     warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert warnings == [
-        "web: a.txt: byte 3 is not UTF-8; 101 of 900 documents may; an error unless the rest makes up for it"
+        "web: a.txt: byte 3 is not UTF-8; 101 of 900 documents; an error unless the rest makes up for it"
     ]
     last = tokenize._ProgressLine("web")
     last(Progress(4, 4, 0, 0, 0, 0, 1.0, damage="too late"))
