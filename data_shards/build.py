@@ -16,13 +16,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from data_shards.corpus import Task, plan_tasks
-from data_shards.documents import (
-    MANY_DAMAGED,
-    MAX_DAMAGED_FRACTION,
-    Counts,
-    describe_damage,
-    refuse_other_encoding,
-)
+from data_shards.documents import Counts, damage_so_far, refuse_other_encoding
 from data_shards.errors import DamagedDataError
 from data_shards.store import Manifest, write_manifest
 from data_shards.tasks import SHARD_NAMES, FolderJob, TaskResult, finished, loaded, record_path, run_task
@@ -56,8 +50,7 @@ class Progress:
         input_bytes: The same, on disk.
         tokens: Tokens written since then.
         elapsed_s: Time since then.
-        damage: Where more documents than a whole corpus may have are damaged so far, an example and how many; the
-            rest may make up for it.
+        damage: See ``documents.damage_so_far``.
     """
 
     tasks_done: int
@@ -185,8 +178,6 @@ class _Folder:
     def progress(self) -> Progress:
         """Where the folder stands."""
         new = [result for index, result in self.results.items() if index not in self._first_seen]
-        counts = sum((result.counts for result in self.results.values()), Counts())
-        is_much = counts.encoding_errors > max(MANY_DAMAGED, MAX_DAMAGED_FRACTION * counts.documents)
         return Progress(
             tasks_done=len(self.results),
             tasks=len(self._tasks),
@@ -195,7 +186,7 @@ class _Folder:
             input_bytes=sum(result.task.input_bytes for result in new),
             tokens=sum(result.num_tokens for result in new),
             elapsed_s=time.monotonic() - self._begin,
-            damage=describe_damage(counts) if is_much else "",
+            damage=damage_so_far(sum((result.counts for result in self.results.values()), Counts())),
         )
 
 

@@ -20,9 +20,9 @@ LONGEST_DOCUMENT_BYTES = 4 << 20
 # A line of jsonl is parsed in one piece. Base64 and escapes make it longer than its text.
 LONGEST_JSON_LINE_BYTES = 256 << 20
 # Of a corpus; more damaged documents are no accident: the file is in another encoding.
-MAX_DAMAGED_FRACTION = 0.01
+_MAX_DAMAGED_FRACTION = 0.01
 # Of what has been read, where damage may lie close together: when it is not worth to read on.
-MANY_DAMAGED, _EARLY_FRACTION = 100, 0.1
+_MANY_DAMAGED, _EARLY_FRACTION = 100, 0.1
 MAX_EXAMPLES = 5
 
 _HALF_SURROGATE = re.compile("[\ud800-\udfff]")
@@ -88,32 +88,37 @@ def read_documents(corpus: Corpus, task: Task, counts: Counts) -> Iterator[str]:
             yield from _read_jsonl(corpus, piece, reader)
         else:
             yield from _read_table(corpus, piece, reader)
-    if counts.encoding_errors > MANY_DAMAGED:
+    if counts.encoding_errors > _MANY_DAMAGED:
         refuse_other_encoding(counts, _EARLY_FRACTION, "a task")
 
 
-def refuse_other_encoding(counts: Counts, most: float = MAX_DAMAGED_FRACTION, of: str = "a corpus") -> None:
+def refuse_other_encoding(counts: Counts, most: float = _MAX_DAMAGED_FRACTION, of: str = "a corpus") -> None:
     """Ends where so many documents are damaged that it is no accident.
 
     Args:
         counts: What was found.
         most: The fraction of documents that may be.
-        of: Whose, for people.
+        of: What they are in, for people.
 
     Raises:
         DamagedDataError: More than this fraction of them.
     """
     if counts.encoding_errors > most * counts.documents:
         raise DamagedDataError(
-            f"{describe_damage(counts, most, of)}; convert the file, for example with `iconv -f LATIN1 -t UTF-8`"
+            f"{_describe_damage(counts, most, of)}; convert the file, for example with `iconv -f LATIN1 -t UTF-8`"
         )
 
 
-def describe_damage(counts: Counts, most: float = MAX_DAMAGED_FRACTION, of: str = "a corpus") -> str:
-    """The first place, how many documents, and the limit; see ``refuse_other_encoding``."""
+def damage_so_far(counts: Counts) -> str:
+    """What a corpus would be refused for if this were all of it; empty while that may be chance."""
+    is_much = counts.encoding_errors > max(_MANY_DAMAGED, _MAX_DAMAGED_FRACTION * counts.documents)
+    return _describe_damage(counts, _MAX_DAMAGED_FRACTION, "a corpus") if is_much else ""
+
+
+def _describe_damage(counts: Counts, most: float, of: str) -> str:
     return (
         f"{counts.examples[0]}; {counts.encoding_errors:,} of {counts.documents:,} documents have such errors and "
-        f"at most {most:.0%} of {of}'s may"
+        f"at most {most:.0%} may in {of}"
     )
 
 

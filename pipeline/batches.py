@@ -81,10 +81,11 @@ def to_micro_batch(
     """
     objective, special = config.objective, rows.special
     if rows.rows.token_ids.size and (highest := int(rows.rows.token_ids.max())) >= vocab_size:
-        folders = " and ".join(map(str, filter(None, (config.data.local_dir, config.shards_dir))))
+        folders = filter(None, (config.data.local_dir, config.shards_dir))
+        commands = " or ".join(f"`electra shards verify {folder}`" for folder in folders)
         raise DamagedDataError(
             f"a row has the token id {highest:,}, but the vocabulary has {vocab_size:,}: a shard is damaged; find it "
-            f"by `electra shards verify FOLDER` on {socket.gethostname()}, of {folders}, and restore it"
+            f"by {commands} on {socket.gethostname()}, and restore it"
         )
     token_ids_BT = _tensor(rows.rows.token_ids)
     rule = masking_rule(objective, config.data.sequence_length, special, vocab_size)

@@ -142,8 +142,8 @@ def _prepare(
         _announce_numerics(config, record, {
             "world_size": process.world_size, "threads": threads, "device": device, "zero_stage": engine.stage,
             "micro_batch_rows": plan.micro_batch_rows, "kernels": kernels.names,
-            "kernels_kept": kernels_to_keep(config, kernels, kept), "compile_layers": config.kernels.compile_layers,
-        })  # fmt: skip
+            "compile_layers": config.kernels.compile_layers,
+        }, kernels_to_keep(config, kernels, kept))  # fmt: skip
     # A fork's are written while it is restored, by the first process.
     skips = control.broadcast(read_skips(folder) if control.is_first else None)
     batches = MicroBatches(config, plan, process, loader, device, skips)
@@ -279,13 +279,15 @@ def choose_algorithms(deterministic: bool) -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
-def _announce_numerics(config: Config, record: StageRecord, numerics: dict[str, Any]) -> None:
-    """Says what differs from the attempt before, and stores the choice."""
+def _announce_numerics(
+    config: Config, record: StageRecord, numerics: dict[str, Any], kernels_kept: dict[str, str]
+) -> None:
+    """Says what differs from the attempt before, and stores that and what later ones are to take."""
     for key, value in numerics.items():
         before = record.numerics.get(key, value)
-        if before != value and key != "kernels_kept":  # what ran is said
+        if before != value:
             logger.warning("%s changed from %s to %s: results agree to rounding, not bitwise", key, before, value)
-    record.numerics = numerics
+    record.numerics = numerics | {"kernels_kept": kernels_kept}
     write_record(config, record)
 
 

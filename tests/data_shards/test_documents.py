@@ -389,8 +389,8 @@ def test_a_file_in_another_encoding_is_damaged(tmp_path, way, suffix):
     path = write(tmp_path / f"c.txt{suffix}", PACKERS[suffix](content))
     counts = Counts()
     place = rf"c\.txt{suffix}: byte {content.index(0xE9)} is not UTF-8"
-    limit = "1% of a corpus's" if way == "file" else "10% of a task's"  # a single document is not many
-    message = f"{place}; .*at most {limit} may; .*iconv -f LATIN1 -t UTF-8"
+    limit = "1% may in a corpus" if way == "file" else "10% may in a task"  # a single document is not many
+    message = f"{place}; .*at most {limit}; .*iconv -f LATIN1 -t UTF-8"
     with pytest.raises(DamagedDataError, match=message) as error:
         read(Corpus("c", str(path), documents=way), counts=counts)
         refuse_other_encoding(counts)  # of a corpus; as one document it is not many

@@ -75,7 +75,7 @@ def test_an_id_that_the_vocabulary_does_not_have_is_damage(config_path):
     windows[1, 7] = VOCAB_SIZE
     keys = np.arange(2, dtype=np.uint64)
     keyed = KeyedRows(pack_rows(windows, keys, TRAINED), keys, TRAINED)
-    with pytest.raises(DamagedDataError, match=r"token id 300, .* verify FOLDER` on .*, of /copies and /\S+,"):
+    with pytest.raises(DamagedDataError, match=r"token id 300, .* verify /copies` or `electra shards verify /\S+` on "):
         to_micro_batch(keyed, config, VOCAB_SIZE, "cpu", 1, 1.0)
     to_micro_batch(keyed, config, VOCAB_SIZE + 1, "cpu", 1, 1.0)
 
